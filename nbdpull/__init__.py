@@ -1,0 +1,109 @@
+"""Backup client for QEMU virtual machines: full, incremental and differential over NBD.
+
+The verbs are blocking functions here and coroutines in `nbdpull.aio`::
+
+    import nbdpull
+
+    nbdpull.init("/backups")
+    done = nbdpull.backup("qmp:/run/vm1.qmp", "/backups")
+    print(done.backup, done.level, [disk.stored_bytes for disk in done.disks])
+    nbdpull.restore("/backups", done.backup, "/tmp/restored")
+
+Whatever can be expected to go wrong is an `nbdpull.Error`. Only the names in `__all__`, and
+`nbdpull.aio`, are public.
+"""
+
+from nbdpull.api import (
+    Cancel,
+    backup,
+    cancellable,
+    cleanup,
+    init,
+    list_backups,
+    restore,
+    show,
+    verify,
+)
+from nbdpull.errors import (
+    BackupNotFoundError,
+    CommandError,
+    DamagedError,
+    Error,
+    InUseError,
+    MonitorError,
+    MonitorInUseError,
+    NbdError,
+    PointInTimeLostError,
+    RepositoryError,
+    RepositoryNotFoundError,
+    SourceError,
+    StoreError,
+    TargetError,
+    UnsupportedFormatError,
+    UsageError,
+    WrongKeyError,
+)
+from nbdpull.model.results import (
+    BackupInfo,
+    BackupResult,
+    CleanupResult,
+    Damage,
+    DiskInfo,
+    InitResult,
+    Level,
+    Progress,
+    ProgressCallback,
+    ProgressKind,
+    RestoredDisk,
+    RestoreResult,
+    ShowResult,
+    VerifyResult,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - from most to least important
+    "backup",
+    "restore",
+    "init",
+    "list_backups",
+    "show",
+    "verify",
+    "cleanup",
+    "cancellable",
+    "Cancel",
+    # what goes in and comes out
+    "Level",
+    "Progress",
+    "ProgressCallback",
+    "ProgressKind",
+    "BackupInfo",
+    "BackupResult",
+    "CleanupResult",
+    "Damage",
+    "DiskInfo",
+    "InitResult",
+    "RestoreResult",
+    "RestoredDisk",
+    "ShowResult",
+    "VerifyResult",
+    # what can go wrong
+    "Error",
+    "UsageError",
+    "InUseError",
+    "MonitorInUseError",
+    "RepositoryNotFoundError",
+    "RepositoryError",
+    "UnsupportedFormatError",
+    "DamagedError",
+    "BackupNotFoundError",
+    "StoreError",
+    "WrongKeyError",
+    "SourceError",
+    "MonitorError",
+    "CommandError",
+    "PointInTimeLostError",
+    "NbdError",
+    "TargetError",
+    "__version__",
+]

@@ -1,0 +1,292 @@
+"""The verbs as coroutines. `nbdpull.api` has the same ones as blocking functions.
+
+Cancelling the task of a running verb makes it clean up, in QEMU too, and only then end. Everything here
+may be called from any event loop; blocking work runs in threads of its own, never in the loop's
+executor.
+"""
+# A verb's modules are imported when it is first called: numpy, libnbd and qemu.qmp take longer to load
+# than most verbs take to run.
+# ruff: noqa: PLC0415, PLR0913
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from nbdpull.errors import UsageError
+from nbdpull.model.results import (
+    BackupInfo,
+    BackupResult,
+    CleanupResult,
+    InitResult,
+    Level,
+    ProgressCallback,
+    RestoreResult,
+    ShowResult,
+    VerifyResult,
+)
+
+__all__ = ["backup", "cleanup", "init", "list_backups", "restore", "show", "verify"]
+
+_COMPRESSION_LEVELS = range(1, 20)
+
+
+async def init(repository: str | os.PathLike[str]) -> InitResult:
+    """Create an empty repository.
+
+    Args:
+        repository: a folder that is not there yet, or is empty.
+
+    Raises:
+        UsageError: there is one already, or the folder holds something else.
+        StoreError: the storage refused.
+    """
+    from nbdpull.ops import init as op
+
+    return await op.init(op.InitOptions(repository=os.fspath(repository)))
+
+
+async def backup(
+    source: str,
+    repository: str | os.PathLike[str],
+    *,
+    level: Level | Literal["auto", "full", "incremental", "differential", "copy"] = "auto",
+    vm: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    chain: str = "default",
+    guest_first: bool = False,
+    nbd_address: str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    compression_level: int = 1,
+    progress: ProgressCallback | None = None,
+) -> BackupResult:
+    """Back up a running VM's disks at one point in time.
+
+    Args:
+        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        repository: where it goes.
+        level: what to read; ``auto`` is incremental where the chain allows it, else full.
+        vm: what to call the VM; None asks QEMU for its name, else its UUID.
+        include: names of the disks to back up; none means all writable ones.
+        exclude: names of disks to leave out.
+        chain: lineage to go on with; chains of one VM don't disturb each other.
+        guest_first: when the scratch space fails, end the backup instead of pausing the guest.
+        nbd_address: URI of the NBD server that runs in this QEMU already; None starts one.
+        scratch: folder for scratch images; None is the system's temporary folder.
+        force: also back up disks that an aborted run could freeze.
+        compression_level: of zstd, 1 (fast) to 19.
+        progress: is told what happens, from other threads.
+
+    Returns:
+        The backup, committed and durable. Its `warnings` did not harm it.
+
+    Raises:
+        UsageError: the arguments can't be; nothing was touched.
+        InUseError: the monitor or the chain is in use.
+        RepositoryNotFoundError: there is no repository.
+        SourceError, RepositoryError: the backup failed; the next one misses nothing because of it.
+    """
+    if compression_level not in _COMPRESSION_LEVELS:
+        raise UsageError(f"compression level is {compression_level}; expected 1 to 19")
+    wanted = _level(level)
+    include = _names("include", include)
+    exclude = _names("exclude", exclude)
+    if not chain:
+        raise UsageError("the chain has an empty name; leave it out, or give one")
+    if vm is not None and not vm:
+        raise UsageError("the VM has an empty name; leave it out, or give one")
+    from nbdpull.ops import backup as op
+
+    options = op.BackupOptions(
+        source=source,
+        repository=os.fspath(repository),
+        level=wanted,
+        vm=vm,
+        include=include,
+        exclude=exclude,
+        chain=chain,
+        guest_first=guest_first,
+        nbd_address=nbd_address,
+        scratch=None if scratch is None else os.fspath(scratch),
+        force=force,
+        compression_level=compression_level,
+    )
+    return await op.backup(options, progress=progress)
+
+
+async def restore(
+    repository: str | os.PathLike[str],
+    backup: str,
+    to: str | os.PathLike[str],
+    *,
+    vm: str | None = None,
+    disk: str | None = None,
+    format: Literal["raw", "qcow2"] = "raw",  # noqa: A002 - the option's name
+    force: bool = False,
+    progress: ProgressCallback | None = None,
+) -> RestoreResult:
+    """Restore the disks of one backup; every byte is verified before it is written.
+
+    Args:
+        repository: where the backup is.
+        backup: its id, a unique prefix of it, or ``latest``.
+        to: a folder, ``-`` for standard output, an NBD URI, or a block device.
+        vm: only look among the backups of this VM.
+        disk: only this disk; None is all of them.
+        format: of the files in a folder; everything else takes raw.
+        force: replace files that exist, and write to a device in use.
+        progress: is told what happens, from other threads.
+
+    Raises:
+        UsageError: the target can't take it.
+        BackupNotFoundError: no backup fits, or more than one.
+        DamagedError: part of a disk is lost; nothing wrong was written.
+        RepositoryError: the backup is incomplete.
+        TargetError: the target failed.
+    """
+    if format not in {"raw", "qcow2"}:
+        raise UsageError(f"format is '{format}'; expected raw or qcow2")
+    from nbdpull.ops import restore as op
+
+    options = op.RestoreOptions(
+        repository=os.fspath(repository),
+        backup=backup,
+        to=os.fspath(to),
+        vm=vm,
+        disk=disk,
+        format=format,
+        force=force,
+    )
+    return await op.restore(options, progress=progress)
+
+
+async def list_backups(
+    repository: str | os.PathLike[str],
+    *,
+    vm: str | None = None,
+    chain: str | None = None,
+    incomplete: bool = False,
+) -> tuple[BackupInfo, ...]:
+    """The committed backups, oldest first. A manifest that can't be read is logged as a warning.
+
+    Args:
+        repository: where they are.
+        vm: only those of this VM.
+        chain: only those of this chain.
+        incomplete: also those that lack a disk because their run ended in the middle of its commit.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        StoreError: the storage can't be read.
+    """
+    from nbdpull.ops import list as op
+
+    options = op.ListOptions(
+        repository=os.fspath(repository), vm=vm, chain=chain, incomplete=incomplete
+    )
+    return await op.list_backups(options)
+
+
+async def show(
+    repository: str | os.PathLike[str], backup: str, *, vm: str | None = None
+) -> ShowResult:
+    """All about one backup: its disks, what they cost, and what it descends from.
+
+    Args:
+        repository: where it is.
+        backup: its id, a unique prefix of it, or ``latest``.
+        vm: only look among the backups of this VM.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits, or more than one.
+    """
+    from nbdpull.ops import show as op
+
+    options = op.ShowOptions(repository=os.fspath(repository), backup=backup, vm=vm)
+    return await op.show(options)
+
+
+async def verify(
+    repository: str | os.PathLike[str],
+    backups: Sequence[str] = (),
+    *,
+    vm: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> VerifyResult:
+    """Read again and hash again everything that backups refer to.
+
+    Args:
+        repository: where they are.
+        backups: ids, unique prefixes or ``latest``; none means all.
+        vm: only the backups of this VM.
+        progress: is told what happens, from other threads.
+
+    Returns:
+        What was found. Damage is a result, not an error: look at `ok`.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits one of `backups`, or more than one.
+        StoreError: the storage can't be read.
+    """
+    names = _names("backups", backups)
+    from nbdpull.ops import verify as op
+
+    options = op.VerifyOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    return await op.verify(options, progress=progress)
+
+
+async def cleanup(
+    source: str,
+    *,
+    repository: str | os.PathLike[str] | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: ProgressCallback | None = None,
+) -> CleanupResult:
+    """Remove from QEMU what a killed backup left there; what belongs to others stays.
+
+    Args:
+        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        repository: when given, checkpoints of backups that are durable there stay, so that the next
+            incremental can use them.
+        scratch: folder that the backup was told to use.
+        force: also take away what a run that is still alive uses.
+        progress: is told what happens.
+
+    Raises:
+        UsageError: the arguments can't be; nothing was touched.
+        InUseError: the monitor is in use.
+        RepositoryNotFoundError: `repository` is given and there is none.
+        SourceError: QEMU can't be reached.
+    """
+    from nbdpull.ops import cleanup as op
+
+    options = op.CleanupOptions(
+        source=source,
+        repository=None if repository is None else os.fspath(repository),
+        scratch=None if scratch is None else os.fspath(scratch),
+        force=force,
+    )
+    return await op.cleanup(options, progress=progress)
+
+
+def _level(level: str) -> Level | None:
+    if level == "auto":
+        return None
+    try:
+        return Level(level)
+    except ValueError:
+        expected = ", ".join(("auto", *Level))
+        raise UsageError(f"level is '{level}'; expected one of {expected}") from None
+
+
+def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    # A string is a sequence of strings too, and its letters are hardly meant.
+    if isinstance(names, str):
+        raise UsageError(f"{what} is the string '{names}'; expected a list of names")
+    return tuple(names)

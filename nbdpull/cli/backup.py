@@ -1,0 +1,124 @@
+"""nbdpull backup."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import click
+
+from nbdpull import api
+from nbdpull.cli.console import Console
+from nbdpull.cli.options import repository_option, source_argument, verb
+from nbdpull.cli.progress import show_progress
+from nbdpull.cli.run import EXIT_WARNINGS
+from nbdpull.cli.tables import disk_table
+from nbdpull.model.results import BackupResult
+from nbdpull.units import format_duration
+
+__all__ = ["command"]
+
+_ALIASES = {"inc": "incremental", "diff": "differential"}
+_Level = Literal["auto", "full", "incremental", "differential", "copy"]
+
+
+@click.command("backup", short_help="Back up a running VM.")
+@source_argument
+@repository_option()
+@click.option(
+    "-l",
+    "--level",
+    type=click.Choice(
+        ["auto", "full", "incremental", "inc", "differential", "diff", "copy"],
+        case_sensitive=False,
+    ),
+    default="auto",
+    metavar="LEVEL",
+    help="What to read: everything (full), what changed since the chain's last backup (incremental,"
+    " inc) or since its last full (differential, diff), everything outside the chain (copy), or"
+    " incremental where possible, else full (auto, the default).",
+)
+@click.option("-i", "--include", multiple=True, metavar="DISK", help="Only this disk; repeatable.")
+@click.option("-x", "--exclude", multiple=True, metavar="DISK", help="Not this disk; repeatable.")
+@click.option(
+    "--chain",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="The chain to go on with. Chains of one VM don't disturb each other.",
+)
+@click.option(
+    "--vm", metavar="NAME", help="What to call the VM; by default its name in QEMU, or its UUID."
+)
+@click.option(
+    "--guest-first",
+    is_flag=True,
+    help="If the scratch space fails, end the backup instead of pausing the guest.",
+)
+@click.option("--nbd-address", metavar="URI", help="The NBD server that runs in this QEMU already.")
+@click.option(
+    "--scratch",
+    metavar="FOLDER",
+    help="Where the guest's overwritten data is kept while it is read.",
+)
+@click.option(
+    "--force", is_flag=True, help="Also disks in an iothread, which QEMU below 9.0 can't detach."
+)
+@click.option(
+    "--compression-level",
+    type=click.IntRange(1, 19),
+    default=1,
+    show_default=True,
+    help="Of zstd.",
+)
+@verb
+def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
+    console: Console,
+    source: str,
+    repository: str,
+    level: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    chain: str,
+    vm: str | None,
+    guest_first: bool,
+    nbd_address: str | None,
+    scratch: str | None,
+    force: bool,
+    compression_level: int,
+) -> int:
+    """Back up the writable disks of a running VM, all at one point in time.
+
+    SOURCE is its QMP monitor: qmp:/path/to/socket or qmp+tcp://host:port. The monitor serves one
+    client at a time, so give QEMU one for nbdpull alone:
+
+      -qmp unix:/path/to/socket,server=on,wait=off
+    """
+    with show_progress(console) as progress:
+        result = api.backup(
+            source,
+            repository,
+            level=cast("_Level", _ALIASES.get(level, level)),
+            vm=vm,
+            include=include,
+            exclude=exclude,
+            chain=chain,
+            guest_first=guest_first,
+            nbd_address=nbd_address,
+            scratch=scratch,
+            force=force,
+            compression_level=compression_level,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        console.warning(warning)
+    console.result(result, lambda: _summary(result))
+    return EXIT_WARNINGS if result.warnings else 0
+
+
+def _summary(result: BackupResult) -> str:
+    count = len(result.disks)
+    return (
+        f"backup {result.backup} of {result.vm}: {result.level}, {count}"
+        f" {'disk' if count == 1 else 'disks'}, {format_duration(result.duration_s)}\n"
+        + disk_table(result.disks)
+    )

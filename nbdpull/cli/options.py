@@ -1,0 +1,98 @@
+"""Options that several verbs have, and what turns a verb's function into a command."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import click
+
+from nbdpull.cli.console import Console, ProgressMode
+from nbdpull.cli.run import run_verb
+
+__all__ = ["repository_option", "source_argument", "verb", "vm_option"]
+
+_P = ParamSpec("_P")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _given(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None and not context.resilient_parsing:
+        raise click.UsageError(
+            "no repository is given; name one with -r/--repository, or in NBDPULL_REPO", context
+        )
+    return value
+
+
+def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
+    """``-r/--repository``."""
+    return click.option(
+        "-r",
+        "--repository",
+        envvar="NBDPULL_REPO",
+        show_envvar=True,
+        metavar="REPO",
+        callback=_given if needed else None,
+        help="The repository: a folder."
+        if needed
+        else "A repository whose backups' checkpoints are to stay.",
+    )
+
+
+def source_argument(function: _F) -> _F:
+    """SOURCE."""
+    return click.argument("source", metavar="SOURCE")(function)
+
+
+def vm_option(function: _F) -> _F:
+    """``--vm`` where it chooses among backups."""
+    return click.option("--vm", metavar="NAME", help="Only backups of this VM.")(function)
+
+
+_OUTPUT_OPTIONS: tuple[Callable[[Callable[..., int]], Callable[..., int]], ...] = (
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
+    ),
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "json", "plain", "none"]),
+        default="auto",
+        help="Progress on standard error: bars on a terminal and lines elsewhere (auto), or one"
+        " JSON object for each event.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Tell only results, warnings and errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Log milestones on standard error."),
+    click.option("--debug", is_flag=True, help="Log every step on standard error."),
+)
+
+
+def verb(function: Callable[Concatenate[Console, _P], int]) -> Callable[..., int]:
+    """Give a verb the options about its output, and run it with signals and errors handled.
+
+    The function gets a `Console` first, and returns the exit code. Put this last, next to it.
+    """
+
+    @functools.wraps(function)
+    def command(
+        *args: Any,
+        as_json: bool,
+        progress: str,
+        quiet: bool,
+        verbose: bool,
+        debug: bool,
+        **kwargs: Any,
+    ) -> int:
+        console = Console(
+            verb=click.get_current_context().info_name or "",
+            json=as_json,
+            quiet=quiet,
+            mode=ProgressMode.choose(progress, quiet=quiet),
+            debug=debug,
+        )
+        return run_verb(console, lambda: function(console, *args, **kwargs), verbose=verbose)
+
+    decorated: Callable[..., int] = command
+    for option in reversed(_OUTPUT_OPTIONS):
+        decorated = option(decorated)
+    return decorated

@@ -1,0 +1,134 @@
+"""`nbdpull.json`: what a repository is, and what a program must know to use it.
+
+It is JSON, not CBOR, because it is the one file that a person opens to find out what this folder is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from blake3 import blake3
+
+from nbdpull.model.frame import FormatError
+from nbdpull.model.ids import is_hex
+
+__all__ = ["CONFIG_MAX", "FORMAT", "Config"]
+
+FORMAT: Final = 1
+CONFIG_MAX: Final = 64 << 10
+_KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "read": frozenset(),
+    "write": frozenset({"single_writer"}),
+    "gc": frozenset({"single_writer"}),
+}
+_SUITES: Final = {"digest": "blake3-256", "cipher": "none"}
+_ID_CHECK_DIGITS: Final = 16
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The repository's settings; written once.
+
+    Attributes:
+        id: 32 hex digits.
+        features: names by what they concern: to ``read``, ``write`` or ``gc`` one must know them all.
+        suites: which digest and which cipher.
+        capabilities: what the probe at `init` found the store to do.
+    """
+
+    id: str
+    format: int = FORMAT
+    features: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"read": (), "write": (), "gc": ()}
+    )
+    suites: Mapping[str, str] = field(default_factory=lambda: dict(_SUITES))
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The object's bytes."""
+        fields = {
+            "nbdpull": "repository",
+            "format": self.format,
+            "id": self.id,
+            "id_check": _id_check(self.id),
+            "features": {name: list(value) for name, value in self.features.items()},
+            "suites": dict(self.suites),
+            "capabilities": dict(self.capabilities),
+        }
+        return (json.dumps(fields, indent=2) + "\n").encode()
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Config:
+        """The opposite of `encode`. Keys that it does not know are passed over.
+
+        Raises:
+            FormatError: it was never written by `encode`.
+        """
+        try:
+            fields: Any = json.loads(raw)
+        except (ValueError, RecursionError) as exc:
+            raise FormatError(f"it is no JSON ({exc})") from exc
+        if not isinstance(fields, dict) or fields.get("nbdpull") != "repository":
+            raise FormatError("it does not describe a repository")
+        own, number = fields.get("id"), fields.get("format")
+        if type(number) is not int:
+            raise FormatError("its 'format' is no number")
+        if (
+            not isinstance(own, str)
+            or not is_hex(own, 32)
+            or fields.get("id_check") != _id_check(own)
+        ):
+            raise FormatError("its 'id' is not the one that was written")
+        features = _mapping(fields, "features")
+        return cls(
+            id=own,
+            format=number,
+            features={concern: _names(features, concern) for concern in _KNOWN},
+            suites={name: _typed(value, str) for name, value in _mapping(fields, "suites").items()},
+            capabilities={
+                name: _typed(value, bool)
+                for name, value in _mapping(fields, "capabilities").items()
+            },
+        )
+
+    def unknown(self, use: str) -> str | None:
+        """What of this repository this version does not know and must, for `use`; None when nothing."""
+        if self.format != FORMAT:
+            return f"format {self.format} (this version knows {FORMAT})"
+        for concern in dict.fromkeys(("read", use)):
+            for feature in self.features.get(concern, ()):
+                if feature not in _KNOWN[concern]:
+                    return f"{concern} feature '{feature}'"
+        for name in (*_SUITES, *self.suites):
+            if _SUITES.get(name) != self.suites.get(name):
+                return f"{name} suite '{self.suites.get(name)}'"
+        return None
+
+
+def _id_check(own: str) -> str:
+    """A flipped digit in the id would make every pack look like another repository's."""
+    return blake3(f"nbdpull repository {own}".encode()).hexdigest()[:_ID_CHECK_DIGITS]
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = fields.get(name)
+    if not isinstance(value, dict):
+        raise FormatError(f"its '{name}' is no object")
+    return value
+
+
+def _names(features: Mapping[str, Any], concern: str) -> tuple[str, ...]:
+    value = features.get(concern)
+    if not isinstance(value, list):
+        raise FormatError(f"its features have no list '{concern}'")
+    return tuple(_typed(name, str) for name in value)
+
+
+def _typed(value: object, kind: type[_T]) -> _T:
+    if not isinstance(value, kind):
+        raise FormatError(f"it has {value!r}, expected a {kind.__name__}")
+    return value

@@ -1,0 +1,256 @@
+"""Frames and packs: how bytes lie in `d/<session>/<seq>`.
+
+    pack  | header 128 | frame | frame | ... | directory | footer 64 |
+    frame | header 64  | payload (clen bytes) |
+
+Everything is little-endian. docs/internals/format.md has the tables and the reasons.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+
+from nbdpull.model.grain import FRAME_MAX
+
+__all__ = [
+    "ENTRY",
+    "FOOTER_SIZE",
+    "HEADER_SIZE",
+    "PACK_HEADER_SIZE",
+    "Codec",
+    "FormatError",
+    "FrameHeader",
+    "FrameKind",
+    "PackHeader",
+    "decode_footer",
+    "encode_footer",
+    "open_frame",
+]
+
+
+class FormatError(ValueError):
+    """Bytes that are not what they should be. The message says what was expected and what was got."""
+
+
+class Codec(IntEnum):
+    """How a frame's payload is stored."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+class FrameKind(IntEnum):
+    """What a frame holds."""
+
+    DATA = 0
+    MAP = 1
+
+
+_FRAME: Final = struct.Struct("<4sIIBBHI32sI")
+_FRAME_MAGIC: Final = b"FRM1"
+HEADER_SIZE: Final = 64
+_PACK: Final = struct.Struct("<8sHBBI16s16s16s32sI")
+_PACK_MAGIC: Final = b"NBDPPK01"
+_PACK_VERSION: Final = 1
+PACK_HEADER_SIZE: Final = 128
+_FOOTER: Final = struct.Struct("<QI32sI8s")
+_FOOTER_MAGIC: Final = b"NBDPEND1"
+FOOTER_SIZE: Final = 64
+_CRC: Final = 4
+
+ENTRY: Final = np.dtype(
+    [
+        ("offset", "<u4"),
+        ("clen", "<u4"),
+        ("rlen", "<u4"),
+        ("codec", "u1"),
+        ("kind", "u1"),
+        ("zero", "<u2"),
+        ("digest", "V32"),
+    ]
+)
+"""One frame in a directory: 48 bytes."""
+
+
+def _sealed(packed: bytes, size: int) -> bytes:
+    """`packed`, whose last four bytes are free, with its CRC there and zeroes up to `size`."""
+    body = packed[:-_CRC]
+    return (body + zlib.crc32(body).to_bytes(_CRC, "little")).ljust(size, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """What stands before a frame's payload.
+
+    Attributes:
+        clen: bytes of the payload.
+        rlen: bytes it unpacks to, at most 1 MiB.
+        number: of the frame in its pack; the nonce where packs are encrypted.
+        digest: BLAKE3-256 of the unpacked bytes.
+    """
+
+    clen: int
+    rlen: int
+    codec: Codec
+    kind: FrameKind
+    number: int
+    digest: bytes
+
+    def encode(self) -> bytes:
+        """64 bytes."""
+        packed = _FRAME.pack(
+            _FRAME_MAGIC,
+            self.clen,
+            self.rlen,
+            self.codec,
+            self.kind,
+            0,
+            self.number,
+            self.digest,
+            0,
+        )
+        return _sealed(packed, HEADER_SIZE)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> FrameHeader:
+        """The opposite of `encode`.
+
+        Raises:
+            FormatError: any bit is not as it was written.
+        """
+        if len(raw) != HEADER_SIZE:
+            raise FormatError(f"frame header has {len(raw)} bytes, expected {HEADER_SIZE}")
+        magic, clen, rlen, codec, kind, zero, number, digest, _ = _FRAME.unpack_from(raw)
+        if magic != _FRAME_MAGIC:
+            raise FormatError(f"frame begins with {magic!r}, expected {_FRAME_MAGIC!r}")
+        if _sealed(raw[: _FRAME.size], HEADER_SIZE) != raw or zero:
+            raise FormatError("frame header does not match its CRC")
+        try:
+            header = cls(clen, rlen, Codec(codec), FrameKind(kind), number, digest)
+        except ValueError as exc:
+            raise FormatError(f"frame header: {exc}") from exc
+        stored_whole = header.codec is Codec.RAW
+        if not 0 < rlen <= FRAME_MAX or not 0 < clen <= rlen or stored_whole != (clen == rlen):
+            raise FormatError(f"frame of {clen} bytes for {rlen} can't be")
+        return header
+
+
+def open_frame(stored: bytes, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor) -> bytes:
+    """The bytes that a stored frame (header and payload) holds, hashed and compared.
+
+    Args:
+        stored: what the store gave.
+        expected: the frame as the session index, which the manifest vouches for, describes it.
+        unpacker: of the calling thread.
+
+    Raises:
+        FormatError: these are not the bytes that were written.
+    """
+    size = HEADER_SIZE + expected.clen
+    if len(stored) != size:
+        raise FormatError(f"it has {len(stored)} bytes, expected {size}: its pack is cut")
+    if FrameHeader.decode(stored[:HEADER_SIZE]) != expected:
+        raise FormatError("its header does not fit the session's index")
+    payload = memoryview(stored)[HEADER_SIZE:]
+    raw = bytes(payload) if expected.codec is Codec.RAW else _unpack(payload, expected, unpacker)
+    digest = blake3(raw).digest()
+    if len(raw) != expected.rlen or digest != expected.digest:
+        raise FormatError(f"it hashes to {digest.hex()}, the index says {expected.digest.hex()}")
+    return raw
+
+
+def _unpack(
+    payload: memoryview, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor
+) -> bytes:
+    try:
+        # zstandard allocates what the frame claims: look at the claim first.
+        claimed = zstandard.frame_content_size(payload)
+        if claimed != expected.rlen:
+            raise FormatError(f"it claims to unpack to {claimed} bytes, expected {expected.rlen}")
+        return unpacker.decompress(payload, max_output_size=expected.rlen, allow_extra_data=False)
+    except zstandard.ZstdError as exc:
+        raise FormatError(f"it does not unpack: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class PackHeader:
+    """The first bytes of a pack: which pack of which repository it is.
+
+    Attributes:
+        suite: cipher; 0 is none, and then `salt` and `commitment` are zero.
+    """
+
+    seq: int
+    repository: bytes
+    session: bytes
+    suite: int = 0
+    salt: bytes = bytes(16)
+    commitment: bytes = bytes(32)
+
+    def encode(self) -> bytes:
+        """128 bytes."""
+        packed = _PACK.pack(
+            _PACK_MAGIC,
+            _PACK_VERSION,
+            self.suite,
+            0,
+            self.seq,
+            self.repository,
+            self.session,
+            self.salt,
+            self.commitment,
+            0,
+        )
+        return _sealed(packed, PACK_HEADER_SIZE)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> PackHeader:
+        """The opposite of `encode`.
+
+        Raises:
+            FormatError: any bit is not as it was written.
+        """
+        if len(raw) != PACK_HEADER_SIZE:
+            raise FormatError(f"pack header has {len(raw)} bytes, expected {PACK_HEADER_SIZE}")
+        magic, version, suite, zero, seq, repository, session, salt, commitment, _ = (
+            _PACK.unpack_from(raw)
+        )
+        if magic != _PACK_MAGIC:
+            raise FormatError(f"pack begins with {magic!r}, expected {_PACK_MAGIC!r}")
+        if _sealed(raw[: _PACK.size], PACK_HEADER_SIZE) != raw or zero:
+            raise FormatError("pack header does not match its CRC")
+        if version != _PACK_VERSION or suite:
+            raise FormatError(f"pack has version {version} and suite {suite}, expected 1 and 0")
+        return cls(seq, repository, session, suite, salt, commitment)
+
+
+def encode_footer(digest: bytes, offset: int, count: int) -> bytes:
+    """64 bytes that end a pack whose directory, with that BLAKE3, is at `offset`."""
+    body = (
+        bytes(FOOTER_SIZE - _FOOTER.size) + _FOOTER.pack(offset, count, digest, 0, b"")[: -_CRC - 8]
+    )
+    return body + zlib.crc32(body).to_bytes(_CRC, "little") + _FOOTER_MAGIC
+
+
+def decode_footer(raw: bytes, size: int) -> tuple[int, int, bytes]:
+    """Offset, count and BLAKE3 of the directory of a pack of `size` bytes.
+
+    Raises:
+        FormatError: the pack is cut or damaged.
+    """
+    if len(raw) != FOOTER_SIZE:
+        raise FormatError(f"pack footer has {len(raw)} bytes, expected {FOOTER_SIZE}")
+    offset, count, digest, _, _ = _FOOTER.unpack(raw[-_FOOTER.size :])
+    if raw != encode_footer(digest, offset, count):
+        raise FormatError("pack has no footer, or its CRC is wrong")
+    if offset + count * ENTRY.itemsize + FOOTER_SIZE != size:
+        raise FormatError(f"pack of {size} bytes has a directory of {count} entries at {offset}")
+    return offset, count, digest

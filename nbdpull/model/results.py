@@ -1,0 +1,249 @@
+"""What each verb returns, and what it tells while it runs.
+
+Times are seconds since the Unix epoch, durations are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = [
+    "BackupInfo",
+    "BackupResult",
+    "CleanupResult",
+    "Damage",
+    "DiskInfo",
+    "InitResult",
+    "Level",
+    "Progress",
+    "ProgressCallback",
+    "ProgressKind",
+    "RestoreResult",
+    "RestoredDisk",
+    "ShowResult",
+    "VerifyResult",
+]
+
+
+class Level(StrEnum):
+    """What was read from a disk, or is to be read."""
+
+    FULL = "full"
+    """Everything that is not known to be zero."""
+    INCREMENTAL = "incremental"
+    """What changed since the last backup of the chain."""
+    DIFFERENTIAL = "differential"
+    """What changed since the last backup of the chain that read the disk in full."""
+    COPY = "copy"
+    """Everything, outside every chain: no checkpoint is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskInfo:
+    """One disk in one backup.
+
+    Attributes:
+        level: what was read from this disk; a disk without a usable bitmap is read in full
+            although the backup is incremental.
+        reason: why this level, for people.
+        changed_bytes: bytes that the source called changed (a full: the whole disk).
+        read_bytes: bytes read over NBD.
+        stored_bytes: bytes added to the repository.
+    """
+
+    name: str
+    size: int
+    level: Level
+    reason: str
+    changed_bytes: int
+    read_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupInfo:
+    """One backup as the repository knows it.
+
+    Attributes:
+        parent: the backup whose checkpoint the changes were counted from, or None.
+        time: start of the point in time.
+        complete: False when the manifest of one of its disks is not there.
+        missing: disks (by name where known, else by id) whose manifest is not there.
+    """
+
+    backup: str
+    vm: str
+    chain: str
+    level: Level
+    parent: str | None
+    time: float
+    duration_s: float
+    disks: tuple[DiskInfo, ...]
+    complete: bool = True
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupResult:
+    """A committed backup. `warnings` are things that went wrong without harming it."""
+
+    backup: str
+    vm: str
+    chain: str
+    level: Level
+    parent: str | None
+    time: float
+    duration_s: float
+    disks: tuple[DiskInfo, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredDisk:
+    """One disk that was restored.
+
+    Attributes:
+        target: path or URI it was written to, ``-`` for standard output.
+        written_bytes: data written; what reads as zero is not counted.
+    """
+
+    name: str
+    size: int
+    target: str
+    written_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreResult:
+    """A finished restore: every byte was verified before it was written."""
+
+    backup: str
+    vm: str
+    duration_s: float
+    disks: tuple[RestoredDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that `verify` found wrong.
+
+    Attributes:
+        key: the object in the repository.
+        problem: what is wrong with it, expected and got.
+        backup, disk: what can't be restored because of it; None where that is not known.
+        ranges: the disk's lost byte ranges, as (start, end), joined and sorted.
+    """
+
+    key: str
+    problem: str
+    backup: str | None = None
+    disk: str | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyResult:
+    """What `verify` read, and what it found."""
+
+    ok: bool
+    backups: tuple[str, ...]
+    frames: int
+    read_bytes: int
+    damaged: tuple[Damage, ...]
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowResult:
+    """One backup and what it descends from.
+
+    Attributes:
+        lineage: the backup's ancestors by `BackupInfo.parent`, nearest first: what changes were
+            counted from. None of them is needed to restore it.
+        lineage_end: the parent of the last of them when the repository does not have it (any more),
+            else None.
+    """
+
+    backup: BackupInfo
+    lineage: tuple[BackupInfo, ...]
+    lineage_end: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all disks."""
+        return sum(disk.size for disk in self.backup.disks)
+
+    @property
+    def changed_bytes(self) -> int:
+        """Bytes that the source called changed."""
+        return sum(disk.changed_bytes for disk in self.backup.disks)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read over NBD."""
+        return sum(disk.read_bytes for disk in self.backup.disks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes added to the repository."""
+        return sum(disk.stored_bytes for disk in self.backup.disks)
+
+    @property
+    def compression(self) -> float | None:
+        """Bytes read for each byte stored, or None when nothing was stored.
+
+        Zeroes and data that the repository had already are read and not stored, so this is more than
+        the compressor's own ratio.
+        """
+        return self.read_bytes / self.stored_bytes if self.stored_bytes else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitResult:
+    """A new repository."""
+
+    repository: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanupResult:
+    """What `cleanup` removed from QEMU, a line each, and what it left and why."""
+
+    removed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+class ProgressKind(StrEnum):
+    """What a `Progress` tells."""
+
+    MESSAGE = "message"
+    """A milestone, in `text`."""
+    DISK_START = "disk-start"
+    """A disk begins; `total` bytes are to be looked at."""
+    DISK = "disk"
+    """A disk went on to `done` of `total`."""
+    DISK_END = "disk-end"
+    """A disk is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One thing that happened in a running verb.
+
+    `done` and `total` are bytes of the disk (for `verify`: of stored frames).
+    """
+
+    kind: ProgressKind
+    verb: str
+    disk: str | None = None
+    done: int = 0
+    total: int = 0
+    text: str = ""
+    fields: dict[str, str | int | float] = field(default_factory=dict)
+
+
+ProgressCallback = Callable[[Progress], None]
+"""Called from worker threads, at most a few times a second for each disk; it must be quick and must not raise."""

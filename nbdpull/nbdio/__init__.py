@@ -1,0 +1,1 @@
+"""NBD connections and block status; the only place that knows libnbd."""

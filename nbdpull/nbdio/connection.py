@@ -1,0 +1,307 @@
+"""One NBD connection, owned by one thread; the only importer of libnbd.
+
+Why reads are cut small and few are in flight: a reply that the client does not take off its socket
+blocks QEMU's drains, and with them its monitor and its guest. Replies that fit the socket's buffers
+can't. Measured on Linux: a unix socket holds 128 KiB without harm and hangs QEMU at 256 KiB; TCP on
+loopback holds 2 MiB and hangs at 4 MiB. So even a client stopped by SIGSTOP in the middle of a pull
+leaves the VM alone.
+
+Everything is asynchronous below (`aio_*` and `poll`), because libnbd's blocking calls have no time-out
+and can't be cancelled.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import nbd
+import numpy as np
+from numpy.typing import NDArray
+
+from nbdpull.errors import NbdError, UsageError
+
+__all__ = [
+    "MAX_REQUEST",
+    "Cancelled",
+    "Connection",
+    "ReplyError",
+    "is_unix",
+    "unix_uri",
+    "with_export",
+]
+
+MAX_REQUEST = 128 * 1024
+"""Largest read request in bytes, see the module's docstring."""
+
+_IN_FLIGHT_UNIX = 128 * 1024
+_IN_FLIGHT_TCP = 1024 * 1024
+_TICK_MS = 250
+_CONNECT_S = 10.0
+_REPLY_S = 300.0
+"""A guest's storage may stall for minutes (a failing disk, a busy SAN); longer than this is an error."""
+
+
+class Cancelled(Exception):
+    """The owner asked this thread to stop."""
+
+
+class ReplyError(NbdError):
+    """The server answered one request with an error; the connection can be used on.
+
+    Attributes:
+        errnum: the errno that the server sent.
+    """
+
+    def __init__(self, message: str, *, errnum: int) -> None:
+        super().__init__(message)
+        self.errnum = errnum
+
+
+def unix_uri(path: str, export: str = "") -> str:
+    """The NBD URI of an export behind a unix socket."""
+    return f"nbd+unix:///{quote(export, safe='')}?socket={quote(path, safe='/')}"
+
+
+def with_export(uri: str, export: str) -> str:
+    """The URI of another export of the same server."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path="/" + quote(export, safe="")))
+
+
+def is_unix(uri: str) -> bool:
+    """Whether an NBD URI names a unix socket."""
+    return urlsplit(uri).scheme in {"nbd+unix", "nbds+unix"}
+
+
+class Connection:
+    """An open connection to one export. One thread at a time may use it.
+
+    Attributes:
+        uri: what it is connected to.
+        size: bytes of the export.
+        read_only: True when the server refuses writes.
+        multi_conn: True when several connections see each other's flushed writes.
+        min_block, preferred_block, max_block: request sizes in bytes that the server asks for.
+    """
+
+    def __init__(self, handle: nbd.NBD, uri: str, cancel: threading.Event | None) -> None:
+        self._nbd = handle
+        self._cancel = cancel
+        self._in_flight = _IN_FLIGHT_UNIX if is_unix(uri) else _IN_FLIGHT_TCP
+        self.uri = uri
+        self.size: int = handle.get_size()
+        self.read_only: bool = handle.is_read_only()
+        self.multi_conn: bool = handle.can_multi_conn()
+        self.can_zero: bool = handle.can_zero()
+        self._can_flush: bool = handle.can_flush()
+        self.min_block: int = handle.get_block_size(nbd.SIZE_MINIMUM) or 1
+        self.preferred_block: int = handle.get_block_size(nbd.SIZE_PREFERRED) or 4096
+        # 32 MiB is what the NBD specification lets a client assume when the server says nothing.
+        self.max_block: int = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * 1024 * 1024
+        self._request = max(min(MAX_REQUEST, self.max_block), self.min_block)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        *,
+        contexts: tuple[str, ...] = (),
+        cancel: threading.Event | None = None,
+        timeout_s: float = _CONNECT_S,
+    ) -> Self:
+        """Connect and negotiate.
+
+        Args:
+            uri: ``nbd://host[:port]/export``, ``nbd+unix:///export?socket=path`` (NBD URI specification).
+            contexts: meta contexts to negotiate; each must be granted.
+            cancel: once set, every call of this connection raises `Cancelled` soon.
+            timeout_s: how long to wait. QEMU leaves connections over its `max-connections` unanswered.
+
+        Raises:
+            UsageError: libnbd does not understand the URI.
+            NbdError: no connection, or a context was not granted.
+        """
+        handle = _start(uri, contexts)
+        _await_ready(handle, uri, cancel, timeout_s)
+        for context in contexts:
+            if not handle.can_meta_context(context):
+                raise NbdError(f"export {uri} does not offer the block status context '{context}'")
+        return cls(handle, uri, cancel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say goodbye and close the socket. Never raises; a second call does nothing."""
+        handle, self._nbd = self._nbd, None
+        if handle is None:
+            return
+        try:
+            if handle.aio_is_ready() and not handle.aio_in_flight():
+                handle.aio_disconnect()
+                handle.poll(_TICK_MS)
+        except nbd.Error:
+            pass
+        # libnbd 1.14 has no close(): it closes the socket when the last reference goes, and an exception's
+        # traceback may hold one for long. A reply that nobody reads would hang QEMU's teardown, so the
+        # connection is ended here, whoever still holds the handle.
+        try:
+            with socket.socket(fileno=os.dup(handle.aio_get_fd())) as copy:
+                copy.shutdown(socket.SHUT_RDWR)
+        except (nbd.Error, OSError):
+            pass  # closed already
+
+    def _wait(self, cookie: int, what: str, start: int, length: int) -> None:
+        handle = self._nbd
+        deadline = 0.0
+        try:
+            while not handle.aio_command_completed(cookie):
+                if self._cancel is not None and self._cancel.is_set():
+                    raise Cancelled
+                if handle.poll(_TICK_MS) == 1:
+                    deadline = 0.0
+                    continue
+                now = time.monotonic()
+                deadline = deadline or now + _REPLY_S
+                if now > deadline:
+                    raise NbdError(f"no answer from {self.uri} to a {what} in {_REPLY_S:g} s")
+        except nbd.Error as exc:
+            message = f"{what} of {length} bytes at {start} of {self.uri} failed: {exc}"
+            if handle.aio_is_ready():
+                raise ReplyError(message, errnum=exc.errnum) from exc
+            raise NbdError(message) from exc
+
+    def _issue(self, what: str, call: Any, *args: Any) -> int:
+        try:
+            return int(call(*args))
+        except nbd.Error as exc:
+            raise NbdError(f"{what} request to {self.uri} failed: {exc}") from exc
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the export's bytes from `offset` on.
+
+        Raises:
+            ReplyError: the server refused one of the requests; `buffer` is undefined.
+            NbdError: the connection is lost.
+            Cancelled: the owner's event was set.
+        """
+        step, total = self._request, len(buffer)
+        ahead = max(1, self._in_flight // step)
+        pending: list[tuple[int, int, int]] = []
+        position = 0
+        while position < total or pending:
+            while position < total and len(pending) < ahead:
+                length = min(step, total - position)
+                at = offset + position
+                cookie = self._issue(
+                    "read", self._nbd.aio_pread, buffer[position : position + length], at
+                )
+                pending.append((cookie, at, length))
+                position += length
+            cookie, at, length = pending.pop(0)
+            self._wait(cookie, "read", at, length)
+
+    def block_status(self, context: str, offset: int, length: int) -> NDArray[np.int64]:
+        """One block status reply, as rows of (length, flags); the last row may reach past the request.
+
+        `length` must be below 4 GiB. The rows cover the range from `offset` on without gaps, at
+        least its first byte, possibly less than was asked for (NBD specification, NBD_CMD_BLOCK_STATUS).
+        """
+        replies: list[list[int]] = []
+
+        def extents(name: str, _offset: int, entries: list[int], _error: object) -> int:
+            if name == context:
+                replies.append(entries)
+            return 0
+
+        cookie = self._issue("block status", self._nbd.aio_block_status, length, offset, extents)
+        self._wait(cookie, "block status", offset, length)
+        if len(replies) != 1:
+            raise NbdError(
+                f"{self.uri} sent {len(replies)} block status replies for '{context}', expected 1"
+            )
+        rows = np.array(replies[0], dtype=np.int64).reshape(-1, 2)
+        if not len(rows) or not rows[:, 0].all():
+            raise NbdError(f"{self.uri} sent an empty extent for '{context}' at {offset}")
+        return rows
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write `data` at `offset`; not durable before `flush`."""
+        view = memoryview(data)
+        for at in range(0, len(view), self.max_block):
+            part = view[at : at + self.max_block]
+            cookie = self._issue("write", self._nbd.aio_pwrite, part, offset + at)
+            self._wait(cookie, "write", offset + at, len(part))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes, freeing its space where the server can.
+
+        Cut into requests below 1 GiB: the length of a request has 32 bits.
+        """
+        for at in range(offset, offset + length, 1 << 30):
+            part = min(1 << 30, offset + length - at)
+            cookie = self._issue("write zeroes", self._nbd.aio_zero, part, at)
+            self._wait(cookie, "write zeroes", at, part)
+
+    def flush(self) -> None:
+        """Make every completed write durable, those of other connections too where `multi_conn`."""
+        if self._can_flush:
+            cookie = self._issue("flush", self._nbd.aio_flush)
+            self._wait(cookie, "flush", 0, self.size)
+
+
+def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
+    """A handle that has begun to connect."""
+    handle = nbd.NBD()
+    try:
+        handle.set_uri_allow_transports(nbd.ALLOW_TRANSPORT_TCP | nbd.ALLOW_TRANSPORT_UNIX)
+        # Every buffer is read into in full or the read raises: clearing it first is waste.
+        handle.set_pread_initialize(False)
+        handle.set_strict_mode(nbd.STRICT_COMMANDS | nbd.STRICT_FLAGS)
+        for context in contexts:
+            handle.add_meta_context(context)
+        handle.aio_connect_uri(uri)
+    except nbd.Error as exc:
+        known = urlsplit(uri).scheme in {"nbd", "nbds", "nbd+unix", "nbds+unix"}
+        if not known or exc.errnum in {errno.EINVAL, errno.ENOTSUP}:
+            raise UsageError(
+                f"NBD address '{uri}' is not usable ({exc.string}); expected nbd://host:port/export"
+                " or nbd+unix:///export?socket=path"
+            ) from exc
+        raise NbdError(f"can't connect to {uri}: {exc}") from exc
+    return handle
+
+
+def _await_ready(
+    handle: nbd.NBD, uri: str, cancel: threading.Event | None, timeout_s: float
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    try:
+        while handle.aio_is_connecting():
+            if cancel is not None and cancel.is_set():
+                raise Cancelled
+            if time.monotonic() > deadline:
+                raise NbdError(
+                    f"no answer from {uri} in {timeout_s:g} s; the server may have reached its"
+                    " connection limit (max-connections), or hang"
+                )
+            handle.poll(_TICK_MS)
+    except nbd.Error as exc:
+        raise NbdError(f"can't connect to {uri}: {exc}") from exc
+    if not handle.aio_is_ready():
+        raise NbdError(f"can't connect to {uri}: the server closed the connection")

@@ -1,0 +1,1 @@
+"""One module a verb: the only place that wires source, repository and target together."""

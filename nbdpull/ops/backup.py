@@ -1,0 +1,512 @@
+"""backup: one atomic point in time of a running VM's disks, into the repository.
+
+The order of the steps is the promise. Nothing that an earlier backup relies on is taken away in QEMU
+before this one is durable:
+
+    sweep what a dead run of ours left -> choose a base for each disk -> freeze -> pull -> release
+    -> seal (packs durable) -> commit (manifests durable) -> confirm (old bitmaps go)
+
+A failure before the commit drops this run's own bitmaps and nothing else: the older ones have recorded
+all along, so the next backup has everything.
+"""
+
+from __future__ import annotations
+
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nbdpull import __version__
+from nbdpull.errors import (
+    DamagedError,
+    Error,
+    InUseError,
+    PointInTimeLostError,
+    RepositoryError,
+    SourceError,
+)
+from nbdpull.model.chain import Base, Decision, choose, obsolete
+from nbdpull.model.ids import BackupId
+from nbdpull.model.manifest import Manifest, Summary
+from nbdpull.model.results import (
+    BackupResult,
+    DiskInfo,
+    Level,
+    Progress,
+    ProgressCallback,
+    ProgressKind,
+)
+from nbdpull.nbdio.connection import Cancelled, unix_uri, with_export
+from nbdpull.ops.pull import DiskPull, pull
+from nbdpull.ops.threads import call
+from nbdpull.repo.repository import DiskReader, Repository, Session
+from nbdpull.source.address import parse_source
+from nbdpull.source.disks import Disk, check_iothreads, find_disks, select_disks
+from nbdpull.source.fleecing import DiskPlan, PointInTime, freeze
+from nbdpull.source.leftovers import sweep
+from nbdpull.source.names import RunNames, chain_id, checkpoint_name, checkpoint_parts
+from nbdpull.source.qmp import Monitor, open_monitor
+from nbdpull.source.rundir import RunDir
+
+if TYPE_CHECKING:
+    from nbdpull.repo.repository import Backup
+
+__all__ = ["BackupOptions", "backup", "vm_name"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupOptions:
+    """What to back up, where to, and how.
+
+    Attributes:
+        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        repository: its location.
+        level: None is incremental where the chain allows it, else full.
+        vm: what to call the VM; None asks QEMU for its name, else its UUID.
+        include, exclude: names of disks; an empty `include` is all.
+        chain: lineage to go on with. Chains don't disturb each other.
+        guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
+        nbd_address: URI of the NBD server that this QEMU runs already.
+        scratch: folder for scratch images; None for the system's temporary one.
+        force: also back up disks whose iothread makes a disconnect dangerous.
+        compression_level: of zstd, 1 to 19.
+    """
+
+    source: str
+    repository: str
+    level: Level | None = None
+    vm: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    chain: str = "default"
+    guest_first: bool = False
+    nbd_address: str | None = None
+    scratch: str | None = None
+    force: bool = False
+    compression_level: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """One disk and what is to be done with it."""
+
+    disk: Disk
+    decision: Decision
+    parent: Manifest | None
+    checkpoint: str | None
+
+
+async def vm_name(monitor: Monitor) -> tuple[str, str | None]:
+    """What QEMU calls itself, and a warning where that is not unique.
+
+    A VM without ``-name`` goes by its UUID, a qemu-storage-daemon by its kind.
+    """
+    if monitor.storage_daemon:
+        return (
+            "qemu-storage-daemon",
+            "a qemu-storage-daemon has no name; give one with --vm to tell it from others",
+        )
+    named = await monitor.execute("query-name")
+    if named.get("name"):
+        return str(named["name"]), None
+    uuid = str((await monitor.execute("query-uuid"))["UUID"])
+    if set(uuid) <= {"0", "-"}:
+        return (
+            uuid,
+            "the VM has neither a name nor a UUID; give one with --vm to tell it from others",
+        )
+    return uuid, None
+
+
+class _Chain:
+    """What the repository knows of one VM's chain."""
+
+    def __init__(self, repository: Repository, vm: str, chain: str) -> None:
+        self.repository = repository
+        self.id = chain_id(repository.id, vm, chain)
+        self._all: dict[str, Backup] = {found.id: found for found in repository.backups()}
+        self._manifests: dict[str, Manifest] = {}
+        self.backups = sorted(
+            (
+                found
+                for found in self._all.values()
+                if found.vm == vm
+                and found.chain == chain
+                and found.complete
+                and found.level is not Level.COPY
+            ),
+            key=lambda found: found.time,
+            reverse=True,
+        )
+
+    def committed(self, chain: str, backup: str) -> bool:
+        """Whether a checkpoint may belong to a durable backup: another chain's always may."""
+        return chain != self.id or (backup in self._all and self._all[backup].complete)
+
+    def summaries(self, disk: str) -> list[Summary]:
+        """This disk's part of each backup, newest first."""
+        return [
+            summary for found in self.backups for summary in found.disks if summary.disk == disk
+        ]
+
+    def unreadable(self, disk: str) -> Callable[[Base], str | None]:
+        """A check of what a base stored: `choose` asks it before it builds on one."""
+        by_backup = {summary.backup: summary for summary in self.summaries(disk)}
+
+        def check(base: Base) -> str | None:
+            try:
+                manifest = self.repository.manifest(by_backup[BackupId(base.backup)])
+                missing = self.repository.reader(manifest).missing_packs()
+            except (DamagedError, RepositoryError) as exc:
+                return str(exc)
+            if missing:
+                return f"the repository misses {missing[0]}, which it refers to"
+            self._manifests[f"{disk}/{base.backup}"] = manifest
+            return None
+
+        return check
+
+    def manifest(self, disk: str, base: Base) -> Manifest:
+        """The manifest of a base that passed `unreadable`."""
+        return self._manifests[f"{disk}/{base.backup}"]
+
+    def choose(self, disk: Disk, wanted: Level | None) -> tuple[Decision, Manifest | None]:
+        """The level and the parent of one disk."""
+        history = [
+            Base(
+                backup=summary.backup,
+                level=summary.disk_level,
+                size=summary.size,
+                checkpoint=summary.checkpoint,
+            )
+            for summary in self.summaries(disk.name)
+        ]
+        decision = choose(
+            wanted,
+            size=disk.size,
+            bitmaps=disk.bitmaps,
+            history=history,
+            unreadable=self.unreadable(disk.name),
+        )
+        parent = self.manifest(disk.name, decision.base) if decision.base else None
+        return decision, parent
+
+    def full_checkpoint(self, disk: str) -> str | None:
+        """The bitmap that a differential of this disk would be counted from."""
+        for summary in self.summaries(disk):
+            if summary.disk_level is Level.FULL:
+                return summary.checkpoint
+        return None
+
+
+def _backup_level(chosen: Sequence[_Chosen]) -> Level:
+    """A backup is called by what its disks were read as: full only when all were."""
+    levels = {one.decision.level for one in chosen}
+    return next((level for level in levels if level is not Level.FULL), Level.FULL)
+
+
+async def _recover(
+    monitor: Monitor, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
+) -> None:
+    """Clear away what a dead run left, and refuse to run beside a live one of the same chain."""
+    swept = await sweep(monitor, scratch=options.scratch, committed=chain.committed)
+    for line in swept.removed:
+        say(f"removed what an earlier run left: {line}")
+    for live in swept.live:
+        if live.chain == chain.id:
+            raise InUseError(
+                f"chain '{options.chain}' is being backed up by process {live.pid} right now; wait for"
+                " it, or end it and run 'nbdpull cleanup'"
+            )
+
+
+async def backup(
+    options: BackupOptions, *, progress: ProgressCallback | None = None
+) -> BackupResult:
+    """Back up a running VM's disks at one point in time.
+
+    Returns:
+        The committed, durable backup.
+
+    Raises:
+        UsageError: the options can't be; nothing was touched.
+        InUseError: the monitor, or this chain, is in use.
+        RepositoryNotFoundError: no repository there.
+        SourceError, RepositoryError: the backup failed, and costs nothing but its own work.
+    """
+    address = parse_source(options.source)
+    repository = await call(Repository.open, options.repository, write=True)
+
+    def say(text: str) -> None:
+        if progress is not None:
+            progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
+
+    async with open_monitor(address) as monitor:
+        warnings: list[str] = []
+        vm = options.vm
+        if vm is None:
+            vm, warning = await vm_name(monitor)
+            if warning is not None:
+                say(warning)
+        chain = await call(_Chain, repository, vm, options.chain)
+        await _recover(monitor, options, chain, say)
+        disks, skipped = await find_disks(monitor)
+        disks = select_disks(disks, skipped, include=options.include, exclude=options.exclude)
+        check_iothreads(disks, monitor.version, force=options.force)
+        backup_id = BackupId(secrets.token_hex(8))
+        chosen = []
+        for disk in disks:
+            decision, parent = await call(chain.choose, disk, options.level)
+            checkpoint = None
+            if decision.level is not Level.COPY:
+                checkpoint = checkpoint_name(chain.id, backup_id)
+            chosen.append(
+                _Chosen(disk=disk, decision=decision, parent=parent, checkpoint=checkpoint)
+            )
+            say(f"disk {disk.name}: {decision.level}, {decision.reason}")
+        run = _Run(options, monitor, repository, chain, vm, backup_id, chosen, progress)
+        result = await run.go()
+        return replace(result, warnings=(*warnings, *result.warnings))
+
+
+class _Run:
+    """One backup from the frozen view to the confirmed checkpoint."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - what `backup` found out, once
+        self,
+        options: BackupOptions,
+        monitor: Monitor,
+        repository: Repository,
+        chain: _Chain,
+        vm: str,
+        backup_id: BackupId,
+        chosen: Sequence[_Chosen],
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.options = options
+        self.monitor = monitor
+        self.repository = repository
+        self.chain = chain
+        self.vm = vm
+        self.backup_id = backup_id
+        self.chosen = chosen
+        self.progress = progress
+        self.names = RunNames(backup_id[:8])
+        self.level = _backup_level(chosen)
+        self.sessions: list[Session] = []
+        self._stop: Callable[[], None] = lambda: None
+
+    async def go(self) -> BackupResult:
+        monitor = self.monitor
+        owner = None
+        if monitor.peer_uid is not None and monitor.peer_gid is not None:
+            owner = (monitor.peer_uid, monitor.peer_gid)
+        rundir = await call(
+            lambda: RunDir.create(
+                self.options.scratch,
+                self.names.run,
+                source=str(monitor.address),
+                chain=self.chain.id,
+                owner=owner,
+            )
+        )
+        try:
+            return await self._frozen(rundir)
+        finally:
+            await call(rundir.close)
+
+    def _uri(self, address: str | None, export: str, rundir: RunDir) -> str:
+        return unix_uri(rundir.socket, export) if address is None else with_export(address, export)
+
+    async def _frozen(self, rundir: RunDir) -> BackupResult:
+        plans = [
+            DiskPlan(
+                disk=one.disk,
+                base=one.decision.base.checkpoint if one.decision.base else None,
+                checkpoint=one.checkpoint,
+            )
+            for one in self.chosen
+        ]
+        frozen: PointInTime | None = None
+        try:
+            began = time.time()
+            clock = time.monotonic()
+            async with freeze(
+                self.monitor,
+                self.names,
+                plans,
+                rundir,
+                guest_first=self.options.guest_first,
+                nbd_address=self.options.nbd_address,
+                uri_of=lambda address, export: self._uri(address, export, rundir),
+                on_lost=lambda _reason: self._stop(),
+            ) as frozen:
+                pulls = await call(self._begin, frozen)
+                await self._pull(frozen, pulls)
+            await call(self._seal)
+            duration_s = time.monotonic() - clock
+            summaries = await call(self._commit, pulls, began, duration_s)
+        except BaseException:
+            if frozen is not None:
+                await self._give_up(frozen)
+            raise
+        warnings = await frozen.confirm(self._obsolete())
+        return self._result(summaries, began, duration_s, warnings)
+
+    def _begin(self, frozen: PointInTime) -> list[DiskPull]:
+        pulls = []
+        for one, served in zip(self.chosen, frozen.disks, strict=True):
+            session = self.repository.begin(
+                vm=self.vm,
+                disk=one.disk.name,
+                parent=one.parent,
+                compression_level=self.options.compression_level,
+            )
+            self.sessions.append(session)
+            reader: DiskReader | None = None
+            if one.parent is not None:
+                reader = self.repository.reader(one.parent)
+            pulls.append(
+                DiskPull(
+                    name=one.disk.name,
+                    size=one.disk.size,
+                    uri=served.uri,
+                    context=served.context,
+                    parent=reader,
+                    session=session,
+                )
+            )
+        return pulls
+
+    async def _pull(self, frozen: PointInTime, pulls: Sequence[DiskPull]) -> None:
+        def started(stop: Callable[[], None]) -> None:
+            self._stop = stop
+            if frozen.lost is not None:
+                stop()
+
+        try:
+            await pull(pulls, progress=self.progress, on_start=started)
+        except (Cancelled, SourceError) as exc:
+            if frozen.lost is not None:
+                raise frozen.lost from exc
+            if isinstance(exc, Cancelled):
+                raise PointInTimeLostError("the pull was stopped") from exc
+            raise
+        if frozen.lost is not None:
+            raise frozen.lost
+
+    def _seal(self) -> None:
+        for session in self.sessions:
+            session.seal()
+
+    def _commit(self, pulls: Sequence[DiskPull], began: float, duration_s: float) -> list[Summary]:
+        siblings = tuple((session.disk_id, session.id) for session in self.sessions)
+        # Disks may be counted from different backups: the newest of these is the parent.
+        bases = {one.decision.base.backup for one in self.chosen if one.decision.base is not None}
+        parent = next((found.id for found in self.chain.backups if found.id in bases), None)
+        summaries = []
+        for one, done, session in zip(self.chosen, pulls, self.sessions, strict=True):
+            full_checkpoint = None
+            if one.decision.level is Level.FULL:
+                full_checkpoint = one.checkpoint
+            elif one.decision.level is not Level.COPY:
+                full_checkpoint = self.chain.full_checkpoint(one.disk.name)
+            summaries.append(
+                Summary(
+                    backup=self.backup_id,
+                    vm=self.vm,
+                    chain=self.options.chain,
+                    level=self.level,
+                    parent=parent,
+                    time=began,
+                    duration_s=duration_s,
+                    disk=one.disk.name,
+                    disk_id=session.disk_id,
+                    session=session.id,
+                    size=one.disk.size,
+                    disk_level=one.decision.level,
+                    reason=one.decision.reason,
+                    checkpoint=one.checkpoint,
+                    full_checkpoint=full_checkpoint,
+                    changed_bytes=done.counts.changed,
+                    read_bytes=done.counts.read,
+                    stored_bytes=session.stored_bytes,
+                    siblings=siblings,
+                    tool=f"nbdpull {__version__}",
+                )
+            )
+        for session, summary in zip(self.sessions, summaries, strict=True):
+            session.commit(summary)
+        return summaries
+
+    async def _give_up(self, frozen: PointInTime) -> None:
+        """After a failure: drop what only this run would have used."""
+        if await call(self._is_committed):
+            # Ended between the commit and its confirmation: the backup counts all the same.
+            await frozen.confirm(self._obsolete())
+            return
+        for session in self.sessions:
+            await call(session.abandon)
+        await frozen.discard()
+
+    def _is_committed(self) -> bool:
+        """Whether the repository has the backup, although an error came after the last commit call."""
+        try:
+            return any(
+                found.id == self.backup_id and found.complete for found in self.repository.backups()
+            )
+        except Error:
+            # It can't be asked. A checkpoint too many does no harm, one too few may cost a full.
+            return True
+
+    def _obsolete(self) -> dict[str, tuple[str, ...]]:
+        """The chain's bitmaps that nothing is counted from any more, by disk name."""
+        doomed = {}
+        for one in self.chosen:
+            if one.checkpoint is None:
+                continue  # a copy leaves the chain as it is
+            owned = [
+                name
+                for name in one.disk.bitmaps
+                if (parts := checkpoint_parts(name)) is not None and parts[0] == self.chain.id
+            ]
+            full = one.checkpoint
+            if one.decision.level is not Level.FULL:
+                full = self.chain.full_checkpoint(one.disk.name) or one.checkpoint
+            if full in one.disk.bitmaps and one.disk.bitmaps[full].inconsistent:
+                full = one.checkpoint
+            doomed[one.disk.name] = obsolete(owned, newest=one.checkpoint, full=full)
+        return doomed
+
+    def _result(
+        self,
+        summaries: Sequence[Summary],
+        began: float,
+        duration_s: float,
+        warnings: tuple[str, ...],
+    ) -> BackupResult:
+        return BackupResult(
+            backup=self.backup_id,
+            vm=self.vm,
+            chain=self.options.chain,
+            level=self.level,
+            parent=summaries[0].parent,
+            time=began,
+            duration_s=duration_s,
+            disks=tuple(
+                DiskInfo(
+                    name=summary.disk,
+                    size=summary.size,
+                    level=summary.disk_level,
+                    reason=summary.reason,
+                    changed_bytes=summary.changed_bytes,
+                    read_bytes=summary.read_bytes,
+                    stored_bytes=summary.stored_bytes,
+                )
+                for summary in summaries
+            ),
+            warnings=warnings,
+        )

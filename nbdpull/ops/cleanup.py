@@ -1,0 +1,59 @@
+"""cleanup: remove from QEMU what a killed backup left there, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbdpull.model.results import CleanupResult, ProgressCallback
+from nbdpull.ops.threads import call
+from nbdpull.repo.repository import Repository
+from nbdpull.source.address import parse_source
+from nbdpull.source.leftovers import sweep
+from nbdpull.source.qmp import open_monitor
+
+__all__ = ["CleanupOptions", "cleanup"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanupOptions:
+    """What to clean.
+
+    Attributes:
+        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        repository: when given, checkpoints of backups that are durable there are kept although their run
+            died before it could say so; else they go, and the next backup reads more.
+        scratch: where runs keep their folders; None for the system's temporary folder.
+        force: also take away what a live (or stopped) run still uses.
+    """
+
+    source: str
+    repository: str | None = None
+    scratch: str | None = None
+    force: bool = False
+
+
+async def cleanup(
+    options: CleanupOptions,
+    *,
+    progress: ProgressCallback | None = None,  # noqa: ARG001 - every verb takes one
+) -> CleanupResult:
+    """Remove dead runs' exports, jobs, nodes, bitmaps, scratch and NBD server; a second call does nothing.
+
+    Raises:
+        MonitorInUseError, MonitorError: QEMU can't be asked.
+        RepositoryNotFoundError: `repository` was given and is none.
+    """
+    address = parse_source(options.source)
+    durable: frozenset[str] = frozenset()
+    if options.repository is not None:
+        repository = await call(Repository.open, options.repository)
+        backups = await call(repository.backups)
+        durable = frozenset(found.id for found in backups if found.complete)
+    async with open_monitor(address) as monitor:
+        swept = await sweep(
+            monitor,
+            scratch=options.scratch,
+            force=options.force,
+            committed=lambda _chain, backup: backup in durable,
+        )
+    return CleanupResult(removed=tuple(swept.removed), kept=tuple(swept.kept))

@@ -1,0 +1,385 @@
+r"""The pull: from block status to frames in the repository, with every core busy and memory bounded.
+
+    planner (one thread)                   pullers (two a core), each with a connection of its own
+    ------------------------------------   --------------------------------------------------------
+    segment by segment: what changed,      read -> cut zero grains off -> hash, compress, append
+    what of that is zero, what to read     the last one of a segment writes its map
+              \\______ bounded queue of batches ______/
+
+No queue stands between reading and storing: a puller does the whole way of its bytes, because libnbd,
+zstandard, blake3 and write(2) all let go of the interpreter's lock. Two pullers a core keep the core busy
+while one waits for its 128 KiB reply (more in flight could freeze the guest, see `nbdio.connection`).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from nbdpull.errors import NbdError
+from nbdpull.model.grain import (
+    FRAME_MAX,
+    GRAIN,
+    SEGMENT,
+    Kind,
+    Kinds,
+    frame_runs,
+    segment_count,
+    segment_grains,
+)
+from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
+from nbdpull.model.segment import Interval, Segment
+from nbdpull.nbdio.connection import Cancelled, Connection
+from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
+from nbdpull.ops.threads import in_thread, run_all, worker_count
+from nbdpull.repo.repository import DiskReader, Session
+
+__all__ = ["DiskPull", "PullCounts", "pull"]
+
+_ZERO: Final = bytearray(FRAME_MAX)
+_BATCH_BYTES: Final = 4 << 20
+_BATCH_FRAMES: Final = 64
+_QUEUE: Final = 16
+_ASK_GRAINS: Final = 4
+"""Shorter dirty runs are read without asking whether they are zero: the question costs as much."""
+_PROGRESS_S: Final = 0.25
+
+
+@dataclass(slots=True)
+class PullCounts:
+    """What one disk's pull did, in bytes."""
+
+    changed: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskPull:
+    """One disk to pull.
+
+    Attributes:
+        name: for progress.
+        size: bytes.
+        uri: its export.
+        context: meta context of what changed; None reads everything that is not known to be zero.
+        parent: where unchanged grains are looked up; set when `context` is.
+        session: where frames and maps go.
+    """
+
+    name: str
+    size: int
+    uri: str
+    context: str | None
+    parent: DiskReader | None
+    session: Session
+    counts: PullCounts = field(default_factory=PullCounts)
+
+
+@dataclass(slots=True)
+class _SegmentWork:
+    """A segment under way: what is to become of its grains, and how much of it is still out."""
+
+    disk: DiskPull
+    index: int
+    kinds: Kinds
+    intervals: list[Interval]
+    open_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    work: _SegmentWork
+    runs: Sequence[tuple[int, int]]
+
+
+class _Meter:
+    """Counts bytes and tells the callback, at most a few times a second for each disk."""
+
+    def __init__(self, callback: ProgressCallback | None) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._done: dict[str, int] = {}
+        self._told: dict[str, float] = {}
+
+    def start(self, disk: DiskPull) -> None:
+        with self._lock:
+            self._done[disk.name] = 0
+            self._tell(ProgressKind.DISK_START, disk, 0)
+
+    def add(self, disk: DiskPull, done: int, *, read: int = 0, changed: int = 0) -> None:
+        with self._lock:
+            disk.counts.read += read
+            disk.counts.changed += changed
+            total = self._done[disk.name] = self._done[disk.name] + done
+            now = time.monotonic()
+            if total >= disk.size:
+                self._tell(ProgressKind.DISK, disk, total)
+                self._tell(ProgressKind.DISK_END, disk, total)
+            elif now - self._told.get(disk.name, 0.0) >= _PROGRESS_S:
+                self._told[disk.name] = now
+                self._tell(ProgressKind.DISK, disk, total)
+
+    def _tell(self, kind: ProgressKind, disk: DiskPull, done: int) -> None:
+        if self._callback is not None:
+            self._callback(
+                Progress(
+                    kind=kind,
+                    verb="backup",
+                    disk=disk.name,
+                    done=done,
+                    total=disk.size,
+                    fields={
+                        "read_bytes": disk.counts.read,
+                        "changed_bytes": disk.counts.changed,
+                        "stored_bytes": disk.session.stored_bytes,
+                    },
+                )
+            )
+
+
+def _mark(kinds: Kinds, starts: np.ndarray, ends: np.ndarray, base: int, kind: Kind) -> None:
+    """Set `kind` on every grain that one of the extents touches."""
+    first = (starts - base) // GRAIN
+    last = -((base - ends) // GRAIN)
+    if len(first) < 32:
+        for a, b in zip(first.tolist(), last.tolist(), strict=True):
+            kinds[a:b] = kind
+        return
+    steps = np.zeros(len(kinds) + 1, dtype=np.int32)
+    np.add.at(steps, first, 1)
+    np.add.at(steps, last, -1)
+    kinds[np.cumsum(steps[:-1]) > 0] = kind
+
+
+def _zero_where_known(
+    kinds: Kinds, allocation: StatusReader, base: int, start: int, end: int
+) -> None:
+    """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes."""
+    starts, ends, flags = allocation.read(start, end)
+    data = (flags & Allocation.ZERO) == 0
+    first, last = (start - base) // GRAIN, -((base - end) // GRAIN)
+    kinds[first:last] = Kind.ZERO
+    if data.any():
+        _mark(kinds, starts[data], ends[data], base, Kind.DATA)
+
+
+def _plan_changed(
+    kinds: Kinds, dirty: StatusReader, allocation: StatusReader, base: int, end: int
+) -> int:
+    """Fill in `kinds` from a dirty bitmap; returns the changed bytes."""
+    starts, ends, flags = dirty.read(base, end)
+    changed = (flags & Dirty.DIRTY) != 0
+    if not changed.any():
+        return 0
+    starts, ends = starts[changed], ends[changed]
+    _mark(kinds, starts, ends, base, Kind.DATA)
+    # Asking for strictly what changed matters where the point in time shows nothing else (mode C).
+    for index in np.flatnonzero(ends - starts >= _ASK_GRAINS * GRAIN).tolist():
+        _zero_where_known(kinds, allocation, base, int(starts[index]), int(ends[index]))
+    return int((ends - starts).sum())
+
+
+def _batches(work: _SegmentWork) -> list[_Batch]:
+    batches: list[_Batch] = []
+    runs: list[tuple[int, int]] = []
+    grains = 0
+    for run in frame_runs(work.kinds):
+        runs.append(run)
+        grains += run[1]
+        if grains * GRAIN >= _BATCH_BYTES or len(runs) >= _BATCH_FRAMES:
+            batches.append(_Batch(work, runs))
+            runs, grains = [], 0
+    if runs:
+        batches.append(_Batch(work, runs))
+    work.open_batches = len(batches)
+    return batches
+
+
+class _Pull:
+    """The threads of one pull and what they share."""
+
+    def __init__(
+        self,
+        disks: Sequence[DiskPull],
+        cancel: threading.Event,
+        callback: ProgressCallback | None,
+    ) -> None:
+        self.disks = disks
+        self.cancel = cancel
+        self.batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=_QUEUE)
+        self.lock = threading.Lock()
+        self.meter = _Meter(callback)
+
+    def give(self, batch: _Batch | None) -> None:
+        """Put into the queue; a queue that nobody empties any more must not hold the thread."""
+        while True:
+            try:
+                self.batches.put(batch, timeout=0.25)
+            except queue.Full:
+                if self.cancel.is_set():
+                    raise Cancelled from None
+            else:
+                return
+
+    def take(self) -> _Batch | None:
+        while True:
+            try:
+                return self.batches.get(timeout=0.25)
+            except queue.Empty:
+                if self.cancel.is_set():
+                    raise Cancelled from None
+
+    def plan(self, pullers: int) -> None:
+        """The planner thread."""
+        for disk in self.disks:
+            self._plan_disk(disk)
+        for _ in range(pullers):
+            self.give(None)
+
+    def _plan_disk(self, disk: DiskPull) -> None:
+        self.meter.start(disk)
+        contexts = ("base:allocation",)
+        with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as connection:
+            if connection.size != disk.size:
+                raise NbdError(
+                    f"export of disk '{disk.name}' has {connection.size} bytes, expected {disk.size};"
+                    " the disk was resized just now, or --nbd-address names another server: try again"
+                )
+            allocation = allocation_reader(connection, strict=disk.context is not None)
+            if disk.context is None:
+                self._plan_segments(disk, None, allocation)
+                return
+            # Its own connection: where the point in time shows changed ranges only, an error reply
+            # to two contexts at once breaks the connection.
+            contexts = (disk.context,)
+            with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as second:
+                self._plan_segments(disk, dirty_reader(second, disk.context), allocation)
+
+    def _plan_segments(
+        self, disk: DiskPull, dirty: StatusReader | None, allocation: StatusReader
+    ) -> None:
+        for index in range(segment_count(disk.size)):
+            if self.cancel.is_set():
+                raise Cancelled
+            base = index * SEGMENT
+            end = min(base + SEGMENT, disk.size)
+            kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
+            if dirty is None:
+                kinds[:] = Kind.DATA
+                _zero_where_known(kinds, allocation, base, base, end)
+                changed = end - base
+            else:
+                changed = _plan_changed(kinds, dirty, allocation, base, end)
+            work = _SegmentWork(disk, index, kinds, [], 0)
+            batches = _batches(work)
+            to_read = sum(n for batch in batches for _, n in batch.runs) * GRAIN
+            self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
+            if changed and not batches:
+                self._finish(work)
+            for batch in batches:
+                self.give(batch)
+
+    def puller(self) -> None:
+        """A puller thread."""
+        buffer = memoryview(bytearray(FRAME_MAX))
+        connections: dict[str, Connection] = {}
+        try:
+            while (batch := self.take()) is not None:
+                disk = batch.work.disk
+                connection = connections.get(disk.uri)
+                if connection is None:
+                    connection = Connection.open(disk.uri, cancel=self.cancel)
+                    connections[disk.uri] = connection
+                self._pull_batch(batch, connection, buffer)
+        finally:
+            for connection in connections.values():
+                connection.close()
+
+    def _pull_batch(self, batch: _Batch, connection: Connection, buffer: memoryview) -> None:
+        work = batch.work
+        disk = work.disk
+        base = work.index * SEGMENT
+        for first, count in batch.runs:
+            offset = base + first * GRAIN
+            length = min(count * GRAIN, disk.size - offset)
+            frame = buffer[:length]
+            connection.read_into(frame, offset)
+            self._store(work, first, frame)
+            self.meter.add(disk, length, read=length)
+        with self.lock:
+            work.open_batches -= 1
+            last = work.open_batches == 0
+        if last:
+            self._finish(work)
+
+    def _store(self, work: _SegmentWork, first: int, raw: memoryview) -> None:
+        """Keep the frame without the zero grains at its edges; nothing when it is all zero."""
+        begin, end = 0, len(raw)
+        while begin < end and _is_zero(raw[begin : begin + GRAIN]):
+            begin += GRAIN
+        if begin >= end:
+            return
+        while _is_zero(raw[(end - 1) // GRAIN * GRAIN : end]):
+            end = (end - 1) // GRAIN * GRAIN
+        ref = work.disk.session.put(raw[begin:end])
+        grains = -(-(end - begin) // GRAIN)
+        interval = Interval(
+            start=first + begin // GRAIN,
+            n=grains,
+            session=ref.session,
+            seq=ref.seq,
+            offset=ref.offset,
+            clen=ref.clen,
+            skip=0,
+            flen=grains,
+        )
+        with self.lock:
+            work.intervals.append(interval)
+
+    def _finish(self, work: _SegmentWork) -> None:
+        """Every byte of the segment is in: write its map."""
+        disk = work.disk
+        before = disk.parent.segment(work.index) if disk.parent is not None else Segment.empty()
+        work.intervals.sort(key=lambda interval: interval.start)
+        disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
+
+
+def _is_zero(view: memoryview) -> bool:
+    # bytearray compares with any buffer by memcmp; a memoryview on the left would go byte by byte.
+    return view[0] == 0 and _ZERO[: len(view)] == view
+
+
+async def pull(
+    disks: Sequence[DiskPull],
+    *,
+    progress: ProgressCallback | None = None,
+    on_start: Callable[[Callable[[], None]], None] = lambda _stop: None,
+) -> None:
+    """Read all disks into their sessions.
+
+    Args:
+        disks: what to pull, one after the other.
+        progress: is told how far each disk is.
+        on_start: is given, from a thread, a function that stops the pull; the call then raises `Cancelled`.
+
+    When it returns or raises, every thread has ended and every NBD connection is closed.
+
+    Raises:
+        NbdError: the source failed.
+        RepositoryError: the repository failed.
+        Cancelled: it was stopped.
+    """
+
+    def work(cancel: threading.Event) -> None:
+        state = _Pull(disks, cancel, progress)
+        on_start(cancel.set)
+        pullers = worker_count()
+        run_all([lambda: state.plan(pullers), *[state.puller] * pullers], cancel)
+
+    await in_thread(work)

@@ -1,0 +1,221 @@
+"""Restore: the disks of one backup into files, an export, a device or a stream."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from nbdpull.errors import DamagedError, RepositoryError, TargetError, UsageError
+from nbdpull.model.manifest import Manifest, Summary
+from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
+from nbdpull.ops.disknames import disk_names
+from nbdpull.ops.meter import Meter
+from nbdpull.ops.push import DiskPush, push
+from nbdpull.ops.threads import in_thread, worker_count
+from nbdpull.repo.repository import Backup, Repository
+from nbdpull.target.base import Target
+from nbdpull.target.blockdev import BlockDevice
+from nbdpull.target.export import Export
+from nbdpull.target.filename import disk_file_name
+from nbdpull.target.qcow2 import Qcow2File
+from nbdpull.target.rawfile import RawFile
+from nbdpull.target.stream import Stream
+
+__all__ = ["RestoreOptions", "restore"]
+
+_log = logging.getLogger(__name__)
+
+_NBD_SCHEMES = {"nbd", "nbds", "nbd+unix", "nbds+unix"}
+_LISTED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """What to restore, and where to.
+
+    Attributes:
+        repository: where the backups are.
+        backup: its id, a unique prefix of it, or ``latest``.
+        to: a folder, ``-`` for standard output, an NBD URI, or a block device.
+        vm: only backups of this VM; None for any.
+        disk: only this disk; None for all of the backup.
+        format: of the files in a folder; everywhere else it is raw.
+        force: replace existing files, write to a device in use, and take one disk out of an
+            incomplete backup.
+    """
+
+    repository: str
+    backup: str
+    to: str
+    vm: str | None = None
+    disk: str | None = None
+    format: Literal["raw", "qcow2"] = "raw"
+    force: bool = False
+
+
+async def restore(
+    options: RestoreOptions, *, progress: ProgressCallback | None = None
+) -> RestoreResult:
+    """Restore a backup: every byte is verified before it is written.
+
+    Files have their final names only when they are whole and durable. When cancelled, or on an
+    error, the file being written is removed; disks that were finished before stay.
+
+    Raises:
+        UsageError: the target can't take it (exists, too small, in use, only takes one disk).
+        BackupNotFoundError: no such backup or disk.
+        DamagedError: part of a disk is lost, or packs are missing.
+        RepositoryError: the backup is incomplete.
+        TargetError: the target failed.
+    """
+    return await in_thread(lambda cancel: _restore(options, progress, cancel))
+
+
+def _restore(
+    options: RestoreOptions, progress: ProgressCallback | None, cancel: threading.Event
+) -> RestoreResult:
+    began = time.monotonic()
+    repository = Repository.open(options.repository)
+    backup = repository.find(options.backup, vm=options.vm)
+    chosen = _choose(repository, backup, options)
+    place = _place(options, chosen, cancel)
+    manifests = [repository.manifest(summary) for summary in chosen]
+    _check_packs(repository, manifests)
+    restored: list[RestoredDisk] = []
+    for manifest in manifests:
+        summary = manifest.summary
+        meter = Meter(progress, verb="restore", disk=summary.disk, total=summary.size)
+        meter.start()
+        target = place(summary)
+        try:
+            if target.note:
+                _log.info("%s", target.note)
+                meter.message(target.note)
+            disk = DiskPush(
+                name=summary.disk,
+                size=summary.size,
+                reader=repository.reader(manifest),
+                target=target,
+                meter=meter,
+            )
+            written = push(disk, cancel=cancel)
+            target.finish()
+        finally:
+            target.abort()
+        meter.end()
+        restored.append(
+            RestoredDisk(
+                name=summary.disk, size=summary.size, target=target.name, written_bytes=written
+            )
+        )
+    return RestoreResult(
+        backup=backup.id,
+        vm=backup.vm,
+        duration_s=time.monotonic() - began,
+        disks=tuple(restored),
+    )
+
+
+def _choose(repository: Repository, backup: Backup, options: RestoreOptions) -> Sequence[Summary]:
+    """The disks to restore."""
+    chosen: Sequence[Summary] = backup.disks
+    if options.disk is not None:
+        chosen = tuple(summary for summary in backup.disks if summary.disk == options.disk)
+        if not chosen:
+            there = ", ".join(f"'{summary.disk}'" for summary in backup.disks)
+            raise UsageError(
+                f"backup {backup.id} has no disk '{options.disk}' (or it is missing); it has {there}"
+            )
+    if not backup.complete and not (options.disk is not None and options.force):
+        missing = ", ".join(f"'{name}'" for name in disk_names(repository, backup.missing))
+        raise RepositoryError(
+            f"backup {backup.id} is incomplete: disk {missing} was never committed; restore another"
+            " backup, or one disk of it with --disk NAME --force"
+        )
+    return chosen
+
+
+def _check_packs(repository: Repository, manifests: Sequence[Manifest]) -> None:
+    """Fail before anything is written when packs are known to be missing."""
+    for manifest in manifests:
+        missing = repository.reader(manifest).missing_packs()
+        if missing:
+            listed = ", ".join(missing[:_LISTED])
+            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+            raise DamagedError(
+                f"disk '{manifest.summary.disk}' can't be restored: {len(missing)} of its packs are"
+                f" missing or of the wrong size: {listed}{more}; 'nbdpull verify' tells what is lost",
+                key=missing[0],
+            )
+
+
+def _place(
+    options: RestoreOptions, chosen: Sequence[Summary], cancel: threading.Event
+) -> Callable[[Summary], Target]:
+    """How to open the target of a disk; what can be refused is refused here, before any is written."""
+    to = options.to
+    scheme = urlsplit(to).scheme if "://" in to else ""
+    if scheme and scheme not in _NBD_SCHEMES:
+        raise UsageError(
+            f"can't restore to '{to}'; expected a folder, -, nbd://..., nbd+unix:///...?socket=... or"
+            " a block device"
+        )
+    single = to == "-" or bool(scheme) or Path(to).is_block_device()
+    if not single:
+        return _place_files(options, chosen, cancel)
+    if options.format != "raw":
+        raise UsageError(f"'{to}' takes the disk's bytes as they are; --format is for folders")
+    if len(chosen) != 1:
+        names = ", ".join(f"'{summary.disk}'" for summary in chosen)
+        raise UsageError(
+            f"'{to}' takes one disk and the backup has {len(chosen)}: {names}; choose one with --disk"
+        )
+    if to == "-":
+        # The descriptor itself: nothing may lie in the buffer of `sys.stdout`, before or after.
+        sys.stdout.flush()
+        return lambda _summary: Stream(1, cancel)
+    if scheme:
+        return lambda summary: Export(to, summary.size, cancel=cancel, connections=worker_count())
+    return lambda summary: BlockDevice(to, summary.size, force=options.force)
+
+
+def _place_files(
+    options: RestoreOptions, chosen: Sequence[Summary], cancel: threading.Event
+) -> Callable[[Summary], Target]:
+    folder = Path(options.to)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"'{folder}' is not a folder; disks become files in one (--to FOLDER)")
+        if folder.absolute().is_relative_to("/dev"):
+            raise UsageError(f"there is no block device '{folder}'")
+    paths = {
+        summary.disk: folder / disk_file_name(summary.disk, options.format) for summary in chosen
+    }
+    if not options.force:
+        there = [f"'{path}'" for path in paths.values() if path.is_symlink() or path.exists()]
+        if there:
+            raise UsageError(
+                f"{', '.join(there)} exists; give --force to replace it, or restore elsewhere"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        reason = exc.strerror or errno.errorcode.get(exc.errno or 0, "failed")
+        raise TargetError(f"can't create the folder '{folder}': {reason}") from exc
+    if options.format == "raw":
+        return lambda summary: RawFile(paths[summary.disk], summary.size, force=options.force)
+    return lambda summary: Qcow2File(
+        paths[summary.disk],
+        summary.size,
+        force=options.force,
+        cancel=cancel,
+        connections=worker_count(),
+    )

@@ -1,0 +1,1 @@
+"""What is kept: a store of immutable objects, and the repository protocol on top of it."""

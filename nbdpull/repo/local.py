@@ -1,0 +1,260 @@
+"""A repository in a local folder: durable, and never a half-written object under a key.
+
+An object is written to a file without a name (O_TMPFILE, open(2)), synced, and linked to its key:
+link(2) fails when the key is taken, which makes `create` atomic between any number of processes, and a
+killed process leaves nothing behind. Then the folder is synced, and the folders above it whose entries
+this process does not know to be durable yet: another process may have made them a moment ago, and not
+have synced them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from nbdpull.errors import StoreError
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, Listed, check_key
+
+__all__ = ["LocalStore", "sync_folder", "told"]
+
+_TMP: Final = ".tmp-"
+_TMP_AGE_S: Final = 3600.0
+# EISDIR and ENOENT: kernels and file systems from before O_TMPFILE take it for O_DIRECTORY.
+_NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
+_NO_OBJECT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_HINTS: Final = {
+    errno.ENOSPC: "make room and try again",
+    errno.EDQUOT: "the quota is used up: make room and try again",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "run as a user who may do that",
+    errno.EPERM: "run as a user who may do that, on a file system with hard links",
+    errno.EIO: "the storage fails: look at the kernel's log",
+}
+
+
+@contextmanager
+def told(what: str, path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into `StoreError`: can't `what` `path`."""
+    try:
+        yield
+    except OSError as exc:
+        hint = _HINTS.get(exc.errno or 0)
+        raise StoreError(
+            f"can't {what} {path}: {exc.strerror}{f'; {hint}' if hint else ''}"
+        ) from exc
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class _LocalUpload:
+    def __init__(self, store: LocalStore, key: str) -> None:
+        self._store = store
+        self._path = store.path(key)
+        self._name: str | None = None
+        with told("write in", store.root):
+            self._fd = self._open(store.root)
+
+    def _open(self, root: Path) -> int:
+        try:
+            return os.open(root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            if exc.errno not in _NO_TMPFILE or not root.is_dir():
+                raise
+        fd, self._name = tempfile.mkstemp(prefix=_TMP, dir=root)
+        # The lock tells `remove_leftovers` that its writer lives.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+
+    def write(self, offset: int, *parts: bytes | bytearray | memoryview) -> None:
+        with told("write", self._path):
+            want = sum(map(len, parts))
+            done = os.pwritev(self._fd, parts, offset)
+            if done < want:
+                # A file system that fills up writes short, and says so at the next write.
+                rest = b"".join(parts)
+                while done < want:
+                    done += os.pwrite(self._fd, rest[done:], offset + done)
+
+    def commit(self) -> None:
+        try:
+            with told("sync", self._path):
+                os.fdatasync(self._fd)
+            with told("create", self._path):
+                self._link()
+        finally:
+            self.abort()
+
+    def _link(self) -> None:
+        path = self._path
+        self._store.make_folder(path.parent)
+        source = self._name or f"/proc/self/fd/{self._fd}"
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # With a folder's descriptor Python calls linkat(2), which can follow the link in /proc
+            # to the file without a name; plain link(2) can't.
+            os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=self._name is None)
+        except FileExistsError as exc:
+            there = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+            if not os.path.samestat(there, os.fstat(self._fd)):
+                raise KeyExistsError(f"{path} exists already") from exc
+            # NFS: the link was made, its answer lost, and the retry found it.
+        finally:
+            # Also when the key is taken: who is told so relies on that object.
+            os.fsync(folder)
+            os.close(folder)
+
+    def abort(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if self._name is not None:
+            with suppress(OSError):
+                Path(self._name).unlink()
+
+
+class LocalStore:
+    """Objects as files below `root`, mode 0600 in folders of mode 0700."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._durable = {root}
+        self._lock = threading.Lock()
+
+    def path(self, key: str) -> Path:
+        """Where an object is."""
+        return self.root / check_key(key)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder of objects, and its entry durable."""
+        with self._lock:
+            if folder in self._durable:
+                return
+        self.make_folder(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        sync_folder(folder.parent)
+        with self._lock:
+            self._durable.add(folder)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Store.create`."""
+        upload = self.begin(key)
+        try:
+            upload.write(0, data)
+            upload.commit()
+        finally:
+            upload.abort()
+
+    def begin(self, key: str) -> _LocalUpload:
+        """See `Store.begin`."""
+        return _LocalUpload(self, key)
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        """See `Store.get`."""
+        raw = self.get_range(key, 0, limit + 1)
+        if len(raw) > limit:
+            raise StoreError(
+                f"{self.path(key)} has more than {limit} bytes, which no object of its kind has"
+            )
+        return raw
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See `Store.get_range`."""
+        path = self.path(key)
+        with told("read", path), _missing(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                # Not more than is there is ever allocated, whatever length was claimed.
+                length = max(0, min(length, os.fstat(fd).st_size - start))
+                raw = os.pread(fd, length, start)
+                while len(raw) < length:
+                    more = os.pread(fd, length - len(raw), start + len(raw))
+                    if not more:
+                        break
+                    raw += more
+            finally:
+                os.close(fd)
+        return raw
+
+    def stat(self, key: str) -> Listed:
+        """See `Store.stat`."""
+        path = self.path(key)
+        with told("look at", path), _missing(path):
+            state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            raise KeyMissingError(f"{path} is missing")
+        return Listed(key, state.st_size, state.st_mtime)
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """See `Store.list`. Files that are no objects of ours are passed over."""
+        return self._walk(self.path(prefix) if prefix else self.root, prefix)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[Listed]:
+        with told("list", folder):
+            try:
+                with os.scandir(folder) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for entry in entries:
+            key = f"{prefix}/{entry.name}" if prefix else entry.name
+            try:
+                check_key(key)
+            except ValueError:
+                continue
+            with told("list", folder / entry.name):
+                try:
+                    state = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+            if stat.S_ISDIR(state.st_mode):
+                yield from self._walk(folder / entry.name, key)
+            elif stat.S_ISREG(state.st_mode):
+                yield Listed(key, state.st_size, state.st_mtime)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        path = self.path(key)
+        with told("delete", path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            path.unlink()
+            sync_folder(path.parent)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left where files can't be without a name (NFS, for one)."""
+        for path in self.root.glob(f"{_TMP}*"):
+            with suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    # The age only covers the moment between the file and its lock.
+                    if time.time() - os.fstat(fd).st_mtime > _TMP_AGE_S:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
+                finally:
+                    os.close(fd)
+
+
+@contextmanager
+def _missing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_OBJECT:
+            raise
+        raise KeyMissingError(f"{path} is missing") from exc

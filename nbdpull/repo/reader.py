@@ -1,0 +1,249 @@
+"""Reading a backup: no byte is handed out that the manifest does not vouch for.
+
+manifest (BLAKE3 trailer) -> index table (digest in the manifest) -> pack directory (digest in the
+table) -> frame (digest in the directory)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, TypeVar
+
+import zstandard
+
+from nbdpull.errors import DamagedError
+from nbdpull.model.frame import (
+    FOOTER_SIZE,
+    HEADER_SIZE,
+    PACK_HEADER_SIZE,
+    FormatError,
+    FrameKind,
+    PackHeader,
+    decode_footer,
+    open_frame,
+)
+from nbdpull.model.grain import GRAIN, segment_grains
+from nbdpull.model.index import PACKS_PER_INDEX, TABLE_MAX, Directory, IndexTable, PackPlace
+from nbdpull.model.manifest import Manifest
+from nbdpull.model.segment import Interval, Packs, Segment
+from nbdpull.repo.store import KeyMissingError, Store
+
+__all__ = ["DiskReader"]
+
+_TABLES_KEPT: Final = 4 << 20
+_DIRECTORIES_KEPT: Final = 24 << 20
+
+_T = TypeVar("_T")
+
+
+class _Cache(Generic[_T]):
+    """The last used values of at most `limit` bytes altogether."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._kept: OrderedDict[tuple[int, int], tuple[_T, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int], load: Callable[[], tuple[_T, int]]) -> _T:
+        """The value, from `load` (which also tells its bytes) when it is not kept."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found[0]
+        # Two threads may load the same: better than one waiting for another's slow store.
+        value, size = load()
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = (value, size)
+                self._bytes += size
+            while self._bytes > self._limit and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1][1]
+        return value
+
+
+class DiskReader:
+    """One disk of one backup. All methods may be called by many threads."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store = store
+        self._digests = [dict(session.index) for session in manifest.sessions]
+        self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
+        self._directories: _Cache[Directory] = _Cache(_DIRECTORIES_KEPT)
+        self._local = threading.local()
+        self.manifest = manifest
+
+    def key(self, session: int, seq: int) -> str:
+        """The key of a pack."""
+        return f"d/{self.manifest.sessions[session].sid}/{seq:08x}"
+
+    # -- what the manifest vouches for -------------------------------------------------------------
+
+    def _index_key(self, session: int, number: int) -> str:
+        return f"x/{self.manifest.sessions[session].sid}/{number}"
+
+    def _table(self, session: int, number: int) -> IndexTable:
+        def load() -> tuple[IndexTable, int]:
+            key = self._index_key(session, number)
+            digest = self._digests[session].get(number)
+            if digest is None:
+                raise DamagedError(f"the manifest does not vouch for {key}", key=key)
+            with _damage(f"session index {key}", key):
+                raw = self._store.get_range(key, 0, TABLE_MAX)
+                sid = self.manifest.sessions[session].sid
+                table = IndexTable.decode(raw, sid=sid, number=number, digest=digest)
+            return table, len(raw)
+
+        return self._tables.get((session, number), load)
+
+    def _place(self, session: int, seq: int) -> PackPlace:
+        number = seq // PACKS_PER_INDEX
+        table = self._table(session, number)
+        key = self._index_key(session, number)
+        with _damage(f"session index {key}", key):
+            return table.place(seq)
+
+    def _directory(self, session: int, seq: int) -> Directory:
+        def load() -> tuple[Directory, int]:
+            place = self._place(session, seq)
+            key = self._index_key(session, seq // PACKS_PER_INDEX)
+            with _damage(f"directory of pack {seq} at {key}:{place.offset}", key, place.offset):
+                raw = self._store.get_range(key, place.offset, place.length)
+                directory = Directory.decode(raw, place)
+            return directory, directory.nbytes
+
+        return self._directories.get((session, seq), load)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _unpacker(self) -> zstandard.ZstdDecompressor:
+        made: zstandard.ZstdDecompressor | None = getattr(self._local, "unpacker", None)
+        if made is None:
+            made = self._local.unpacker = zstandard.ZstdDecompressor()
+        return made
+
+    def _frame(self, session: int, seq: int, offset: int, clen: int, kind: FrameKind) -> bytes:
+        """The verified bytes of a frame.
+
+        Raises:
+            DamagedError: they are not what was written.
+        """
+        directory = self._directory(session, seq)
+        key = self.key(session, seq)
+        with _damage(f"frame at {key}:{offset}", key, offset):
+            expected = directory.find(offset)
+            if expected.kind is not kind or expected.clen != clen:
+                raise FormatError("the map does not fit the session's index")
+            stored = self._store.get_range(key, offset, HEADER_SIZE + clen)
+            return open_frame(stored, expected, self._unpacker())
+
+    def segment(self, index: int) -> Segment:
+        """The map of segment `index`.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        ref = self.manifest.segments[index]
+        if ref is None:
+            return Segment.empty()
+        raw = self._frame(ref.session, ref.seq, ref.offset, ref.clen, FrameKind.MAP)
+        key = self.key(ref.session, ref.seq)
+        with _damage(f"map of segment {index} at {key}:{ref.offset}", key, ref.offset):
+            segment = Segment.decode(
+                raw,
+                grains=segment_grains(self.manifest.summary.size, index),
+                sessions=len(self.manifest.sessions),
+            )
+            if segment.packs() != ref.packs:
+                raise FormatError("it refers to other packs than the manifest says")
+        return segment
+
+    def read(self, interval: Interval) -> bytes:
+        """The bytes of an interval's grains; fewer where the disk ends in its last grain.
+
+        Raises:
+            DamagedError: they are not what was written.
+        """
+        key = self.key(interval.session, interval.seq)
+        raw = self._frame(
+            interval.session, interval.seq, interval.offset, interval.clen, FrameKind.DATA
+        )
+        with _damage(f"frame at {key}:{interval.offset}", key, interval.offset):
+            # Only the disk's last grain may be short.
+            if -(-len(raw) // GRAIN) != interval.flen or (
+                len(raw) % GRAIN not in {0, self.manifest.summary.size % GRAIN}
+            ):
+                raise FormatError(f"it has {len(raw)} bytes, its map says {interval.flen} grains")
+        if interval.n == interval.flen:
+            return raw
+        return raw[interval.skip * GRAIN : (interval.skip + interval.n) * GRAIN]
+
+    # -- checking ----------------------------------------------------------------------------------
+
+    def packs(self) -> Packs:
+        """Every pack that the backup needs, as (session, seq)."""
+        return self.manifest.packs()
+
+    def check_pack(self, session: int, seq: int) -> None:
+        """Compare what stands around the frames of a pack: its header, directory and footer.
+
+        A restore does without these; to repair a repository one needs them.
+
+        Raises:
+            DamagedError: a byte is not what was written.
+        """
+        key = self.key(session, seq)
+        place = self._place(session, seq)
+        directory = self._directory(session, seq)
+        with _damage(f"header of pack {key}", key, 0):
+            header = PackHeader.decode(self._store.get_range(key, 0, PACK_HEADER_SIZE))
+            own = self.manifest.sessions[session].sid
+            if (header.repository.hex(), header.session.hex(), header.seq) != (
+                self.manifest.repository,
+                own,
+                seq,
+            ):
+                raise FormatError("it is of another pack")
+        with _damage(f"directory of pack {key}", key, directory.end):
+            raw = self._store.get_range(key, directory.end, place.length + FOOTER_SIZE + 1)
+            if len(raw) != place.length + FOOTER_SIZE or raw[: place.length] != directory.encode():
+                raise FormatError("it is not the one that the session's index has")
+            offset, _, digest = decode_footer(raw[place.length :], place.size)
+            if offset != directory.end or digest != place.digest:
+                raise FormatError("its footer is of another pack")
+
+    def missing_packs(self) -> list[str]:
+        """Keys of the packs and indexes that the backup needs and that are absent or of another size.
+
+        Costs one listing a session and a small read for 64 packs: no frame is read.
+        """
+        missing: dict[str, None] = {}
+        needed: dict[int, dict[str, int]] = {}
+        for session, seq in self.packs():
+            try:
+                size = self._place(session, seq).size
+            except DamagedError as exc:
+                missing[exc.key] = None
+            else:
+                needed.setdefault(session, {})[self.key(session, seq)] = size
+        for session, sizes in needed.items():
+            for listed in self._store.list(f"d/{self.manifest.sessions[session].sid}"):
+                if sizes.get(listed.key) == listed.size:
+                    del sizes[listed.key]
+            missing |= dict.fromkeys(sizes)
+        return list(missing)
+
+
+@contextmanager
+def _damage(what: str, key: str, offset: int | None = None) -> Iterator[None]:
+    """Turn what shows that stored bytes are not the written ones into `DamagedError`."""
+    try:
+        yield
+    except KeyMissingError as exc:
+        raise DamagedError(f"{what} is lost: {key} is missing", key=key, offset=offset) from exc
+    except FormatError as exc:
+        raise DamagedError(f"{what} is damaged: {exc}", key=key, offset=offset) from exc

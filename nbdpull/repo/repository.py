@@ -1,0 +1,378 @@
+"""A repository: its settings, the backups in it, and the ways to write and to read one.
+
+Keys, every object immutable (docs/internals/format.md):
+
+    nbdpull.json     settings              d/<sid>/<seq>    packs
+    s/<sid>          a session's intent    x/<sid>/<n>      session index
+    m/<disk>/<sid>   manifest: the commit  t/<disk>/<sid>   tombstone
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from nbdpull.errors import (
+    BackupNotFoundError,
+    DamagedError,
+    RepositoryError,
+    RepositoryNotFoundError,
+    UnsupportedFormatError,
+    UsageError,
+)
+from nbdpull.model.config import CONFIG_MAX, Config
+from nbdpull.model.frame import FormatError
+from nbdpull.model.ids import BackupId, DiskId, disk_id, is_hex, make_session_id
+from nbdpull.model.manifest import (
+    HEAD_SIZE,
+    MANIFEST_MAX,
+    Manifest,
+    Summary,
+    decode_summary,
+    register_kind,
+    summary_end,
+)
+from nbdpull.model.results import Level
+from nbdpull.repo.local import LocalStore, sync_folder, told
+from nbdpull.repo.probe import PROBE, probe
+from nbdpull.repo.reader import DiskReader
+from nbdpull.repo.session import Session
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
+
+__all__ = ["Backup", "DiskReader", "ParentGoneError", "Repository", "Session"]
+
+_CONFIG: Final = "nbdpull.json"
+_HEAD_READ: Final = 16 << 10
+# In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
+_NOTHING: Final = re.compile(rf"lost\+found|{PROBE}[0-9a-f]{{16}}(first|race)|\.tmp-.*")
+
+
+class ParentGoneError(RepositoryError):
+    """The backup that was to be built on is being forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """The manifests of one backup.
+
+    Attributes:
+        disks: the summary of each disk that is there, by disk name.
+        missing: disk ids whose manifest is not there; a backup with any is not complete.
+    """
+
+    id: BackupId
+    disks: tuple[Summary, ...]
+    missing: tuple[DiskId, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every disk of the backup is there."""
+        return not self.missing
+
+    @property
+    def vm(self) -> str:
+        """The VM's name."""
+        return self.disks[0].vm
+
+    @property
+    def chain(self) -> str:
+        """The chain's name."""
+        return self.disks[0].chain
+
+    @property
+    def level(self) -> Level:
+        """The backup's level."""
+        return self.disks[0].level
+
+    @property
+    def parent(self) -> BackupId | None:
+        """The backup that changes were counted from."""
+        return self.disks[0].parent
+
+    @property
+    def time(self) -> float:
+        """Start of the point in time."""
+        return self.disks[0].time
+
+    @property
+    def duration_s(self) -> float:
+        """From the freeze to the commit."""
+        return self.disks[0].duration_s
+
+
+class Repository:
+    """An open repository.
+
+    Attributes:
+        location: as the user gave it.
+        id: 32 hex digits.
+    """
+
+    def __init__(self, store: Store, location: str, config: Config) -> None:
+        self._store = store
+        self.location = location
+        self.config = config
+        self.id = config.id
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, location: str) -> Repository:
+        """Make a new repository.
+
+        Raises:
+            UsageError: there is one already, or a folder that holds something else.
+            StoreError: the storage can't be written, or does not do what a repository needs.
+        """
+        root = _folder(location)
+        with told("use", root):
+            if root.exists() and not root.is_dir():
+                raise UsageError(f"{root} is a file, expected a folder or nothing")
+            if (root / _CONFIG).exists():
+                raise UsageError(
+                    f"{root} is a repository already; use it, or choose another folder"
+                )
+            if root.exists() and not all(_NOTHING.fullmatch(path.name) for path in root.iterdir()):
+                raise UsageError(f"{root} is not empty; choose an empty or a new folder")
+        _make_root(root)
+        store = LocalStore(root)
+        config = Config(id=secrets.token_hex(16), capabilities=probe(store))
+        try:
+            store.create(_CONFIG, config.encode())
+        except KeyExistsError as exc:
+            raise UsageError(f"{root} was just made a repository by somebody else") from exc
+        return cls(store, location, config)
+
+    @classmethod
+    def open(cls, location: str, *, write: bool = False) -> Repository:
+        """Open a repository; `write` says that backups will be added.
+
+        Raises:
+            RepositoryNotFoundError: there is none at `location`.
+            UnsupportedFormatError: it needs a feature that this version does not know.
+            DamagedError: its settings can't be read.
+        """
+        store = LocalStore(_folder(location))
+        try:
+            raw = store.get(_CONFIG, limit=CONFIG_MAX)
+        except KeyMissingError as exc:
+            raise RepositoryNotFoundError(
+                f"no repository at {location}; make one with 'nbdpull init -r {location}'"
+            ) from exc
+        try:
+            config = Config.decode(raw)
+        except FormatError as exc:
+            raise DamagedError(f"{location}/{_CONFIG} is damaged: {exc}", key=_CONFIG) from exc
+        unknown = config.unknown("write" if write else "read")
+        if unknown is not None:
+            raise UnsupportedFormatError(
+                f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
+                " newer nbdpull"
+            )
+        if write:
+            store.remove_leftovers()
+        return cls(store, location, config)
+
+    # -- what is there -----------------------------------------------------------------------------
+
+    def scan(self) -> tuple[list[Summary], list[DamagedError]]:
+        """The summaries of all manifests, and what is wrong with those that can't be read."""
+        summaries: list[Summary] = []
+        damaged: list[DamagedError] = []
+        for listed in self._store.list("m"):
+            try:
+                summary = self._summary(listed.key)
+            except DamagedError as exc:
+                damaged.append(exc)
+                continue
+            if summary is not None:
+                summaries.append(summary)
+        return summaries, damaged
+
+    def _summary(self, key: str) -> Summary | None:
+        parts = key.split("/")
+        if len(parts) != 3 or not is_hex(parts[1], 32) or not is_hex(parts[2], 32):
+            return None
+        try:
+            head = self._store.get_range(key, 0, _HEAD_READ)
+            if register_kind(head) in {"revoked", "adopted"}:
+                return None
+            end = summary_end(head[:HEAD_SIZE])
+            if end > len(head):
+                head = self._store.get_range(key, 0, end)
+            summary, repository = decode_summary(head[:end])
+            self._check_place(summary, repository, key)
+        except KeyMissingError:
+            return None  # forgotten between the listing and now
+        except FormatError as exc:
+            raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
+        return summary
+
+    def _check_place(self, summary: Summary, repository: str, key: str) -> None:
+        if repository != self.id:
+            raise FormatError(f"it is of repository {repository}, this one is {self.id}")
+        if f"m/{summary.disk_id}/{summary.session}" != key:
+            raise FormatError("it belongs under another key")
+
+    def summaries(self) -> list[Summary]:
+        """The summaries of all manifests that can be read."""
+        return self.scan()[0]
+
+    def unreadable(self) -> list[DamagedError]:
+        """What is wrong with the manifests that can't be read."""
+        return self.scan()[1]
+
+    def backups(self) -> list[Backup]:
+        """All backups, oldest first, those with disks missing too."""
+        grouped: dict[BackupId, list[Summary]] = {}
+        for summary in self.summaries():
+            grouped.setdefault(summary.backup, []).append(summary)
+        found = [_group(backup, summaries) for backup, summaries in grouped.items()]
+        return sorted(found, key=lambda backup: (backup.time, backup.id))
+
+    def find(self, name: str, *, vm: str | None = None) -> Backup:
+        """The backup with an id, a unique prefix of one, or the newest complete one for ``latest``.
+
+        Raises:
+            BackupNotFoundError: none, or more than one, fits.
+        """
+        backups = [found for found in self.backups() if vm is None or found.vm == vm]
+        of_vm = f" of VM '{vm}'" if vm is not None else ""
+        if not backups:
+            raise BackupNotFoundError(
+                f"repository {self.location} has no backup{of_vm}; see 'nbdpull list'"
+            )
+        if name == "latest":
+            complete = [found for found in backups if found.complete]
+            names = sorted({found.vm for found in complete})
+            if len(names) > 1:
+                raise BackupNotFoundError(
+                    f"'latest' could be of any of the VMs {', '.join(names)}; choose one with --vm"
+                )
+            if not complete:
+                raise BackupNotFoundError(
+                    f"repository {self.location} has no complete backup{of_vm}; see 'nbdpull list'"
+                )
+            return complete[-1]
+        fitting = [found for found in backups if name and found.id.startswith(name)]
+        if len(fitting) > 1:
+            ids = ", ".join(found.id for found in fitting[:8])
+            raise BackupNotFoundError(f"backup '{name}' is not unique: {ids}; give more digits")
+        if not fitting:
+            raise BackupNotFoundError(
+                f"repository {self.location} has no backup '{name}'{of_vm}; see 'nbdpull list'"
+            )
+        return fitting[0]
+
+    def manifest(self, summary: Summary) -> Manifest:
+        """The whole manifest of one disk of a backup.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        key = f"m/{summary.disk_id}/{summary.session}"
+        try:
+            manifest = Manifest.decode(self._store.get(key, limit=MANIFEST_MAX))
+            self._check_place(manifest.summary, manifest.repository, key)
+        except KeyMissingError as exc:
+            raise DamagedError(f"manifest {key} is missing", key=key) from exc
+        except FormatError as exc:
+            raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
+        return manifest
+
+    # -- reading and writing one -------------------------------------------------------------------
+
+    def reader(self, manifest: Manifest) -> DiskReader:
+        """A reader of one disk of a backup."""
+        return DiskReader(self._store, manifest)
+
+    def begin(
+        self, *, vm: str, disk: str, parent: Manifest | None, compression_level: int = 1
+    ) -> Session:
+        """Begin to write one disk of a backup; `parent` is what unchanged ranges are taken from.
+
+        The intent is on record before the parent is looked at: from then on a collector spares what
+        the parent needs.
+
+        Raises:
+            ParentGoneError: the parent is being forgotten; begin again without it.
+            StoreError: the repository can't be written.
+        """
+        sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
+        own = disk_id(vm, disk)
+        pins = []
+        if parent is not None:
+            pins.append(f"{parent.summary.disk_id}/{parent.summary.session}")
+        intent = {
+            "role": "backup",
+            "disk": own,
+            "pins": pins,
+            "host": socket.gethostname(),
+            "time": time.time(),
+        }
+        self._store.create(f"s/{sid}", json.dumps(intent).encode())
+        for pin in pins:
+            if self._there(f"t/{pin}") or not self._there(f"m/{pin}"):
+                raise ParentGoneError(
+                    f"the backup that was to be built on, m/{pin}, is being forgotten"
+                )
+        return Session(
+            self._store,
+            repository=self.id,
+            sid=sid,
+            disk_id=own,
+            parent=parent,
+            compression_level=compression_level,
+        )
+
+    def _there(self, key: str) -> bool:
+        try:
+            self._store.stat(key)
+        except KeyMissingError:
+            return False
+        return True
+
+
+def _group(backup: BackupId, summaries: Iterable[Summary]) -> Backup:
+    ordered = tuple(sorted(summaries, key=lambda summary: summary.disk))
+    there = {(summary.disk_id, summary.session) for summary in ordered}
+    wanted = {pair for summary in ordered for pair in summary.siblings}
+    missing = tuple(sorted(disk for disk, _ in wanted - there))
+    return Backup(backup, ordered, missing)
+
+
+def _folder(location: str) -> Path:
+    """The folder of a location.
+
+    Raises:
+        UsageError: a location of another kind.
+    """
+    if not location:
+        raise UsageError("the repository's location is empty; give a folder with -r")
+    parts = urlsplit(location)
+    if "://" not in location:
+        return Path(location).absolute()
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
+        return Path(unquote(parts.path)).absolute()
+    raise UsageError(
+        f"repository {location} is of a kind that this version does not know; expected a folder"
+    )
+
+
+def _make_root(root: Path) -> None:
+    """Make the folder, and its entry and those above it durable."""
+    with told("make", root):
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in missing or [root]:
+            sync_folder(folder.parent)

@@ -1,0 +1,448 @@
+"""Writing one disk of one backup: frames into packs, packs into the store, and the commit.
+
+Many threads put frames at once. Hashing and compressing happen in the caller's thread; under the lock a
+frame only gets its place in the open pack, and its bytes are written there outside of it. A pack that is
+full is ended by whichever thread's write was its last, and made durable in the background; at most two
+are on their way, so a slow store slows the callers instead of filling memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+
+from nbdpull.errors import RepositoryError, StoreError
+from nbdpull.model.frame import (
+    ENTRY,
+    HEADER_SIZE,
+    PACK_HEADER_SIZE,
+    Codec,
+    FrameHeader,
+    FrameKind,
+    PackHeader,
+    encode_footer,
+)
+from nbdpull.model.grain import FRAME_MAX, GRAIN, segment_count
+from nbdpull.model.ids import DiskId, SessionId
+from nbdpull.model.index import FRAMES_PER_PACK, PACKS_PER_INDEX, Directory, encode_index
+from nbdpull.model.manifest import (
+    MANIFEST_MAX,
+    UNUSED,
+    Manifest,
+    SegmentRef,
+    SessionRef,
+    Summary,
+    register_kind,
+)
+from nbdpull.model.segment import Segment
+from nbdpull.repo.store import KeyExistsError, Store, Upload
+
+__all__ = ["FrameRef", "Session"]
+
+_log = logging.getLogger(__name__)
+
+PACK_SIZE: Final = 32 << 20
+_BACKGROUND: Final = 2
+_COMMIT_WITHIN_S: Final = 30 * 86400.0
+"""A collector may forget after a year that it revoked a session: long before, nobody may commit it."""
+
+_Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRef:
+    """Where a frame was put. `grains` counts a short last one."""
+
+    session: int
+    seq: int
+    offset: int
+    clen: int
+    grains: int
+
+
+@dataclass(slots=True, eq=False)
+class _Pack:
+    """A pack being filled. `writing` threads are at it; none joins them once it is `full`."""
+
+    seq: int
+    upload: Upload
+    end: int = PACK_HEADER_SIZE
+    writing: int = 0
+    full: bool = False
+    entries: list[FrameHeader] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+    def has_room(self, size: int) -> bool:
+        return self.end + size <= PACK_SIZE and len(self.entries) < FRAMES_PER_PACK
+
+    def directory(self) -> Directory:
+        table = np.zeros(len(self.entries), dtype=ENTRY)
+        table["offset"] = self.offsets
+        for name in ("clen", "rlen", "codec", "kind"):
+            table[name] = [getattr(entry, name) for entry in self.entries]
+        digests = b"".join(entry.digest for entry in self.entries)
+        table["digest"] = np.frombuffer(digests, dtype="V32")
+        return Directory(table)
+
+
+class Session:
+    """One disk of one backup, being written. `put` and `put_segment` may be called by many threads.
+
+    Attributes:
+        id: names its packs and its manifest.
+        index: its place among the manifest's sessions.
+        disk_id: names the disk.
+        stored_bytes: added to the repository so far.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        repository: str,
+        sid: SessionId,
+        disk_id: DiskId,
+        parent: Manifest | None,
+        compression_level: int,
+    ) -> None:
+        self._store = store
+        self._repository = repository
+        self._parent = parent
+        self._level = compression_level
+        self._began = _clocks()
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._pack: _Pack | None = None
+        self._next_seq = 0
+        self._sizes: dict[int, int] = {}  # of the packs that are durable, by seq
+        self._pending: dict[int, dict[int, Directory]] = {}  # index number -> seq -> directory
+        self._indexes: dict[int, bytes] = {}
+        self._segments: dict[int, SegmentRef | None] = {}
+        self._background = ThreadPoolExecutor(_BACKGROUND, thread_name_prefix="nbdpull-pack")
+        self._slots = threading.Semaphore(_BACKGROUND)
+        self._failure: BaseException | None = None
+        self._abandoned = False
+        self._sealed = False
+        self.index = len(parent.sessions) if parent is not None else 0
+        self.id = sid
+        self.disk_id = disk_id
+        self.stored_bytes = 0
+
+    # -- frames ------------------------------------------------------------------------------------
+
+    def put(self, raw: _Buffer, kind: FrameKind = FrameKind.DATA) -> FrameRef:
+        """Store one frame of at most 1 MiB; `raw` may be reused when this returns.
+
+        Raises:
+            StoreError: this or an earlier pack could not be written.
+        """
+        if not 0 < len(raw) <= FRAME_MAX:
+            raise ValueError(f"a frame of {len(raw)} bytes can't be")
+        digest = blake3(raw).digest()
+        # A frame that is in the repository already, found by its digest, would be answered here.
+        codec, payload = self._compress(raw)
+        pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
+        try:
+            pack.upload.write(offset, header.encode(), payload)
+        except BaseException as exc:
+            self._fail(exc)
+            raise
+        finally:
+            self._leave(pack)
+        return FrameRef(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
+
+    def _compress(self, raw: _Buffer) -> tuple[Codec, _Buffer]:
+        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if compressor is None:
+            # The frame's header has the length, and BLAKE3 is the check.
+            compressor = zstandard.ZstdCompressor(level=self._level, write_checksum=False)
+            self._local.compressor = compressor
+        payload = compressor.compress(raw)
+        return (Codec.ZSTD, payload) if len(payload) < len(raw) else (Codec.RAW, raw)
+
+    def _reserve(
+        self, codec: Codec, clen: int, rlen: int, kind: FrameKind, digest: bytes
+    ) -> tuple[_Pack, FrameHeader, int]:
+        """A place in the open pack; the caller then writes there and calls `_leave`."""
+        size = HEADER_SIZE + clen
+        idle = None
+        with self._lock:
+            self._check()
+            pack = self._pack
+            if pack is not None and not pack.has_room(size):
+                pack.full = True
+                idle = pack if pack.writing == 0 else None  # else who writes last ends it
+                pack = None
+            if pack is None:
+                pack = self._open_pack()
+            header = FrameHeader(clen, rlen, codec, kind, len(pack.entries), digest)
+            offset = pack.end
+            pack.entries.append(header)
+            pack.offsets.append(offset)
+            pack.end += size
+            pack.writing += 1
+            self.stored_bytes += size
+        if idle is not None:
+            try:
+                self._end_later(idle)
+            except BaseException:
+                self._leave(pack)
+                raise
+        return pack, header, offset
+
+    def _open_pack(self) -> _Pack:
+        seq = self._next_seq
+        try:
+            pack = _Pack(seq, self._store.begin(f"d/{self.id}/{seq:08x}"))
+            self._pack = pack
+            header = PackHeader(seq, bytes.fromhex(self._repository), bytes.fromhex(self.id))
+            pack.upload.write(0, header.encode())
+        except BaseException as exc:
+            self._failure = self._failure or exc
+            raise
+        self._next_seq += 1
+        return pack
+
+    def _leave(self, pack: _Pack) -> None:
+        with self._lock:
+            pack.writing -= 1
+            if pack.writing or not pack.full:
+                return
+            dead = self._abandoned or self._failure is not None
+        if dead:
+            self._drop(pack)
+        else:
+            self._end_later(pack)
+
+    def _check(self) -> None:
+        if self._abandoned:
+            raise StoreError("this backup was given up")
+        if self._failure is not None:
+            raise StoreError(f"writing this backup failed before: {self._failure}")
+        if self._sealed:
+            raise ValueError("the session is sealed")
+
+    def _fail(self, exc: BaseException) -> None:
+        with self._lock:
+            self._failure = self._failure or exc
+
+    @staticmethod
+    def _drop(pack: _Pack) -> None:
+        """Let go of a pack that nobody writes to any more: its bytes go with it."""
+        with suppress(StoreError):
+            pack.upload.abort()
+
+    # -- packs, in the background --------------------------------------------------------------------
+
+    def _end_later(self, pack: _Pack) -> None:
+        self._slots.acquire()  # `_end` releases it
+        try:
+            self._background.submit(self._end, pack)
+        except RuntimeError as exc:  # shut down by `abandon` meanwhile
+            self._slots.release()
+            self._drop(pack)
+            raise StoreError("this backup was given up") from exc
+
+    def _end(self, pack: _Pack) -> None:
+        try:
+            if not self._abandoned:
+                self._make_durable(pack)
+        except BaseException as exc:  # noqa: BLE001 - `put` and `seal` tell it
+            self._fail(exc)
+        finally:
+            self._drop(pack)
+            self._slots.release()
+
+    def _make_durable(self, pack: _Pack) -> None:
+        directory = pack.directory()
+        raw = directory.encode()
+        footer = encode_footer(blake3(raw).digest(), pack.end, len(pack.entries))
+        pack.upload.write(pack.end, raw, footer)
+        pack.upload.commit()
+        _log.debug("pack d/%s/%08x: %d frames", self.id, pack.seq, len(pack.entries))
+        number = pack.seq // PACKS_PER_INDEX
+        with self._lock:
+            self.stored_bytes += PACK_HEADER_SIZE + len(raw) + len(footer)
+            self._sizes[pack.seq] = directory.pack_size
+            group = self._pending.setdefault(number, {})
+            group[pack.seq] = directory
+            whole = len(group) == PACKS_PER_INDEX
+        if whole:
+            self._write_index(number)
+
+    def _write_index(self, number: int) -> None:
+        with self._lock:
+            packs = self._pending.pop(number)
+        raw, digest = encode_index(self.id, number, packs)
+        self._store.create(f"x/{self.id}/{number}", raw)
+        with self._lock:
+            self._indexes[number] = digest
+            self.stored_bytes += len(raw)
+
+    # -- maps --------------------------------------------------------------------------------------
+
+    def put_segment(self, index: int, segment: Segment) -> None:
+        """Store the map of segment `index` as it is at this backup's point in time.
+
+        Segments that are not put are as in the parent, and without one read as zeroes.
+
+        Raises:
+            StoreError: this or an earlier pack could not be written.
+        """
+        ref = None
+        if len(segment):
+            frame = self.put(segment.encode(), FrameKind.MAP)
+            ref = SegmentRef(frame.session, frame.seq, frame.offset, frame.clen, segment.packs())
+        with self._lock:
+            self._segments[index] = ref
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """Make every frame durable, and see that the store lists what was written.
+
+        No `put` may be under way. A second call does nothing.
+
+        Raises:
+            StoreError: something could not be written, or is not there as written.
+        """
+        with self._lock:
+            if self._sealed:
+                return
+            self._check()
+            pack, self._pack = self._pack, None
+            if pack is not None:
+                pack.full = True
+        try:
+            if pack is not None:
+                self._end_later(pack)
+            self._wait_for_packs()
+            for number in sorted(self._pending):
+                self._write_index(number)
+            self._check_listing()
+        except BaseException as exc:
+            self._fail(exc)
+            raise
+        with self._lock:
+            self._sealed = True
+        self._background.shutdown()
+
+    def _wait_for_packs(self) -> None:
+        for _ in range(_BACKGROUND):  # when all slots are free all packs are durable, or failed
+            self._slots.acquire()
+        if self._failure is not None:
+            raise StoreError(f"a pack could not be written: {self._failure}") from self._failure
+
+    def _check_listing(self) -> None:
+        found = 0
+        for entry in self._store.list(f"d/{self.id}"):
+            seq = int(entry.key.rpartition("/")[2], 16)
+            expected = self._sizes.get(seq)
+            if entry.size != expected:
+                raise StoreError(
+                    f"the store lists {entry.key} with {entry.size} bytes, expected {expected};"
+                    " backups can't be trusted to it"
+                )
+            found += 1
+        if found != len(self._sizes):
+            raise StoreError(
+                f"the store lists {found} packs below d/{self.id}, expected {len(self._sizes)};"
+                " backups can't be trusted to it"
+            )
+
+    def commit(self, summary: Summary) -> Manifest:
+        """Create the manifest: from now on the backup of this disk is there, and durable.
+
+        A session that is not sealed yet is sealed first.
+
+        Raises:
+            RepositoryError: the session was revoked by a collector because it idled too long, or is
+                too old.
+            StoreError: the manifest could not be written, or another one is there.
+        """
+        if (summary.disk_id, summary.session) != (self.disk_id, self.id):
+            raise ValueError("the summary is of another disk or session")
+        self.seal()
+        age_s = max(now - then for now, then in zip(_clocks(), self._began, strict=True))
+        if age_s > _COMMIT_WITHIN_S:
+            raise RepositoryError(
+                f"session {self.id} began {age_s / 86400:.0f} days ago, at most 30 may pass to its"
+                " commit; run the backup again"
+            )
+        manifest = self._manifest(summary)
+        raw = manifest.encode()
+        key = f"m/{self.disk_id}/{self.id}"
+        try:
+            self._store.create(key, raw)
+        except KeyExistsError as exc:
+            # A create that was carried out and then failed on the way back looks like this.
+            there = self._store.get(key, limit=MANIFEST_MAX)
+            if register_kind(there) == "revoked":
+                raise RepositoryError(
+                    f"session {self.id} was revoked: it idled so long that its packs may be collected;"
+                    " run the backup again"
+                ) from exc
+            if there != raw:
+                raise StoreError(
+                    f"{key} holds something else than this session's manifest ({register_kind(there)})"
+                ) from exc
+        self.stored_bytes += len(raw)
+        return manifest
+
+    def _manifest(self, summary: Summary) -> Manifest:
+        before: tuple[SegmentRef | None, ...] = ()
+        known: list[SessionRef] = []
+        if self._parent is not None:
+            if self._parent.summary.size != summary.size:
+                # Its last grain may be short, and its segments other ones.
+                raise ValueError(f"the parent's disk had {self._parent.summary.size} bytes")
+            known += self._parent.sessions
+            before = self._parent.segments
+        known.append(SessionRef(self.id, tuple(sorted(self._indexes.items()))))
+        segments: list[SegmentRef | None] = list(before) or [None] * segment_count(summary.size)
+        for index, ref in self._segments.items():
+            segments[index] = ref
+        manifest = Manifest(summary, self._repository, tuple(known), tuple(segments))
+        needed: dict[int, set[int]] = {}
+        for session, seq in manifest.packs():
+            needed.setdefault(session, set()).add(seq // PACKS_PER_INDEX)
+        sessions = tuple(
+            SessionRef(ref.sid, tuple(item for item in ref.index if item[0] in needed[place]))
+            if place in needed
+            else UNUSED
+            for place, ref in enumerate(known)
+        )
+        return Manifest(summary, self._repository, sessions, tuple(segments))
+
+    def abandon(self) -> None:
+        """Give up: nothing more is put. What is durable already stays for the collector.
+
+        Does not wait for threads that are inside `put`, nor for packs on their way to the disk: these
+        end by themselves. A second call, or one after `commit`, does nothing.
+        """
+        with self._lock:
+            self._abandoned = True
+            pack, self._pack = self._pack, None
+            if pack is not None:
+                pack.full = True
+                if pack.writing:
+                    pack = (
+                        None  # who writes last drops it: its file must not be closed under a write
+                    )
+        if pack is not None:
+            self._drop(pack)
+        self._background.shutdown(wait=False)
+
+
+def _clocks() -> tuple[float, float]:
+    # The first stands still while a VM is paused, the second may be set: the later one is believed.
+    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()

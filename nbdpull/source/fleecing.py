@@ -1,0 +1,453 @@
+"""A point in time of all chosen disks, frozen in QEMU and served over NBD.
+
+Default ("mode B"), atomic in one transaction, the guest is not paused:
+
+    guest -> np-cbw (the backup job's filter) -> disk
+                |  copies what is about to be overwritten
+                v
+             np-scr (raw scratch file)          np-acc (snapshot-access) reads scratch, else disk
+                                                   |
+                                                NBD export + dirty bitmap of what changed
+
+Guest first ("mode C"): the filter is a node of its own with `on-cbw-error=break-snapshot`, put under
+the device with `qom-set drive` while the guest is paused for some milliseconds. When the scratch fails,
+the point in time breaks and the guest goes on; in the default mode QEMU would pause the guest.
+
+What is made is undone in the opposite order, each step tolerating that it was half made. The bitmaps
+outlive the frozen view: `confirm` or `discard` ends them once it is known whether the backup is durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from nbdpull.errors import (
+    CommandError,
+    Error,
+    MonitorError,
+    PointInTimeLostError,
+    SourceError,
+)
+from nbdpull.source.disks import Disk
+from nbdpull.source.names import RunNames
+from nbdpull.source.qmp import Monitor
+from nbdpull.source.rundir import RunDir
+
+__all__ = ["GRANULARITY", "DiskPlan", "PointInTime", "ServedDisk", "freeze"]
+
+log = logging.getLogger(__name__)
+
+GRANULARITY: Final = 65536
+"""Of every bitmap that we make: a grain of the repository, and a cluster of qcow2."""
+
+_CBW_TIMEOUT_S: Final = 45
+_GONE_S: Final = 30.0
+_POLL_S: Final = 0.05
+_SPACE_POLL_S: Final = 0.25
+_RESERVE: Final = 64 << 20
+"""Scratch room below which the backup gives up: QEMU would pause the guest when it is all gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskPlan:
+    """What to freeze of one disk.
+
+    Attributes:
+        base: name of the bitmap that changes are counted from; None reads the whole disk.
+        checkpoint: name of the bitmap to start recording with; None for a copy.
+    """
+
+    disk: Disk
+    base: str | None
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedDisk:
+    """One disk of a point in time as NBD clients reach it.
+
+    Attributes:
+        context: meta context of what changed, None when the whole disk is to be read.
+        uri: of its export.
+    """
+
+    disk: Disk
+    uri: str
+    context: str | None
+
+
+class PointInTime:
+    """A frozen view of disks. Made by `freeze`.
+
+    Attributes:
+        disks: in the order of the plans.
+        lost: set once, with the reason, when the view can't be read any more.
+        pause_s: how long the guest was stopped for it.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        names: RunNames,
+        plans: Sequence[DiskPlan],
+        rundir: RunDir,
+        on_lost: Callable[[PointInTimeLostError], None],
+    ) -> None:
+        self._monitor = monitor
+        self._names = names
+        self._plans = tuple(plans)
+        self._rundir = rundir
+        self._on_lost = on_lost
+        self._stack = contextlib.AsyncExitStack()
+        self._released = False
+        self._monitor_lost = False
+        self._guest_stopped_by_scratch = False
+        self.disks: tuple[ServedDisk, ...] = ()
+        self.lost: PointInTimeLostError | None = None
+        self.pause_s = 0.0
+
+    # -- making it ---------------------------------------------------------------------------------
+
+    async def _undo(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
+        """Run one step of the teardown: the next ones must run whatever becomes of it."""
+        if self._monitor_lost:
+            return
+        try:
+            await step()
+        except MonitorError as exc:
+            # One line, not one a step: without the monitor nothing more can be done.
+            self._monitor_lost = True
+            log.warning("can't take the frozen view down, run 'nbdpull cleanup': %s", exc)
+        except Error as exc:
+            log.warning("%s: %s", what, exc)
+
+    def _push(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
+        self._stack.push_async_callback(self._undo, what, step)
+
+    def _push_delete(self, node: str) -> None:
+        self._push(
+            f"removing node {node}",
+            lambda: self._monitor.execute("blockdev-del", {"node-name": node}),
+        )
+
+    def _bitmap_actions(self) -> list[dict[str, Any]]:
+        actions: list[dict[str, Any]] = []
+        for plan in self._plans:
+            node = plan.disk.node
+            # Every disk gets the exported bitmap, also one that is read in full: while it is there
+            # the run is unconfirmed, which is how `cleanup` tells a pending checkpoint.
+            add = {"node": node, "name": self._names.bitmap, "granularity": GRANULARITY}
+            actions.append({"type": "block-dirty-bitmap-add", "data": add | {"disabled": True}})
+            if plan.base is not None:
+                merge = {"node": node, "target": self._names.bitmap, "bitmaps": [plan.base]}
+                actions.append({"type": "block-dirty-bitmap-merge", "data": merge})
+            if plan.checkpoint is not None:
+                record = {"node": node, "name": plan.checkpoint, "granularity": GRANULARITY}
+                actions.append(
+                    {
+                        "type": "block-dirty-bitmap-add",
+                        "data": record | {"persistent": plan.disk.persistent},
+                    }
+                )
+        return actions
+
+    async def _add_scratch(self) -> None:
+        for index, plan in enumerate(self._plans):
+            path = await asyncio.to_thread(self._rundir.make_scratch, index, plan.disk.size)
+            node = self._names.scratch(index)
+            await self._monitor.execute(
+                "blockdev-add",
+                {
+                    "driver": "file",
+                    "node-name": node,
+                    "filename": path,
+                    "discard": "unmap",
+                },
+            )
+            self._push_delete(node)
+
+    async def _freeze_by_job(self) -> None:
+        """Mode B: bitmaps and backup jobs of all disks in one transaction."""
+        actions = self._bitmap_actions()
+        for index, plan in enumerate(self._plans):
+            job = {
+                "job-id": self._names.job(index),
+                "device": plan.disk.node,
+                "target": self._names.scratch(index),
+                "sync": "none",
+                "filter-node-name": self._names.filter(index),
+            }
+            actions.append({"type": "blockdev-backup", "data": job})
+        await self._monitor.execute("transaction", {"actions": actions})
+        for index in range(len(self._plans)):
+            job_id = self._names.job(index)
+            self._push(f"ending job {job_id}", partial(self._end_job, job_id))
+        await self._add_access()
+
+    async def _freeze_guest_first(self) -> None:
+        """Mode C: the guest is stopped while filters are put under its devices."""
+        for plan in self._plans:
+            if plan.disk.qom_path is None:
+                raise SourceError(
+                    f"disk '{plan.disk.name}' has no guest device; --guest-first needs one, back up"
+                    " without it"
+                )
+            if plan.disk.top_driver in {"copy-before-write", "mirror_top", "commit_top"}:
+                # On 7.2 QEMU aborts when the lower job ends first.
+                raise SourceError(
+                    f"disk '{plan.disk.name}' is under another job ({plan.disk.top_driver});"
+                    " --guest-first can't stand on it: wait for that job, or back up without it"
+                )
+        running = bool((await self._monitor.execute("query-status"))["running"])
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        try:
+            if running:
+                self._rundir.mark_paused(paused=True)
+                await self._monitor.execute("stop")
+            await self._monitor.execute("transaction", {"actions": self._bitmap_actions()})
+            for index, plan in enumerate(self._plans):
+                await self._insert_filter(index, plan)
+            await self._add_access()
+        finally:
+            if running:
+                # Whatever happened above, also a cancellation: the guest goes on.
+                await asyncio.shield(self._monitor.execute("cont"))
+                self._rundir.mark_paused(paused=False)
+                self.pause_s = loop.time() - begin
+
+    async def _insert_filter(self, index: int, plan: DiskPlan) -> None:
+        node = self._names.filter(index)
+        options: dict[str, Any] = {
+            "driver": "copy-before-write",
+            "node-name": node,
+            "file": plan.disk.top,
+            "target": self._names.scratch(index),
+            "on-cbw-error": "break-snapshot",
+            "cbw-timeout": _CBW_TIMEOUT_S,
+        }
+        if plan.base is not None:
+            # Only what will be read is copied out.
+            options["bitmap"] = {"node": plan.disk.node, "name": self._names.bitmap}
+        await self._monitor.execute("blockdev-add", options)
+        self._push_delete(node)
+
+        async def set_drive(value: str) -> None:
+            await self._monitor.execute(
+                "qom-set", {"path": plan.disk.qom_path, "property": "drive", "value": value}
+            )
+
+        self._push(f"giving '{plan.disk.name}' its node back", lambda: set_drive(plan.disk.top))
+        await set_drive(node)
+
+    async def _add_access(self) -> None:
+        for index in range(len(self._plans)):
+            node = self._names.access(index)
+            await self._monitor.execute(
+                "blockdev-add",
+                {
+                    "driver": "snapshot-access",
+                    "node-name": node,
+                    "file": self._names.filter(index),
+                },
+            )
+            self._push_delete(node)
+
+    async def _serve(self, address: str | None, uri_of: Callable[[str | None, str], str]) -> None:
+        if address is None:
+            path = self._rundir.socket
+            try:
+                await self._monitor.execute(
+                    "nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}}
+                )
+            except CommandError as exc:
+                if "already running" in exc.description:
+                    raise SourceError(
+                        "this QEMU has an NBD server already; name its address with --nbd-address"
+                        " (nbd+unix:///?socket=PATH or nbd://HOST:PORT), or end it with"
+                        " nbd-server-stop if nobody uses it"
+                    ) from exc
+                raise
+            self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+        served = []
+        for index, plan in enumerate(self._plans):
+            export = self._names.export(index)
+            arguments: dict[str, Any] = {
+                "type": "nbd",
+                "id": export,
+                "node-name": self._names.access(index),
+                "name": export,
+            }
+            context = None
+            if plan.base is not None:
+                arguments["bitmaps"] = [{"node": plan.disk.node, "name": self._names.bitmap}]
+                context = f"qemu:dirty-bitmap:{self._names.bitmap}"
+            await self._monitor.execute("block-export-add", arguments)
+            self._push(f"removing export {export}", partial(self._end_export, export))
+            served.append(ServedDisk(disk=plan.disk, uri=uri_of(address, export), context=context))
+        self.disks = tuple(served)
+
+    # -- watching it -------------------------------------------------------------------------------
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is None and not self._released:
+            self.lost = PointInTimeLostError(reason)
+            self._on_lost(self.lost)
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        jobs = {self._names.job(index) for index in range(len(self._plans))}
+        if name == "JOB_STATUS_CHANGE" and data.get("id") in jobs:
+            if data.get("status") in {"aborting", "concluded", "null"}:
+                self._lose(f"QEMU ended backup job {data['id']} before its disk was read")
+        elif name == "BLOCK_IO_ERROR" and data.get("nospace"):
+            self._guest_stopped_by_scratch = True
+            self._lose(f"the scratch folder {self._rundir.path.parent} is full; give more room")
+        elif name == "BLOCK_EXPORT_DELETED" and str(data.get("id", "")).startswith(
+            f"np-{self._names.run}-"
+        ):
+            self._lose(f"somebody removed export {data['id']} before its disk was read")
+
+    async def _watch_space(self) -> None:
+        while True:
+            free = await asyncio.to_thread(self._rundir.free_bytes)
+            if free < _RESERVE:
+                self._lose(
+                    f"scratch folder {self._rundir.path.parent} has {free} bytes left, expected at"
+                    f" least {_RESERVE}: the backup ends so that the guest need not be paused;"
+                    " choose a folder with more room with --scratch"
+                )
+                return
+            await asyncio.sleep(_SPACE_POLL_S)
+
+    # -- ending it ---------------------------------------------------------------------------------
+
+    async def _until_gone(self, what: str, query: str, key: str, value: str) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _GONE_S
+        while any(entry[key] == value for entry in await self._monitor.execute(query)):
+            if loop.time() > deadline:
+                raise SourceError(f"{what} '{value}' is still there after {_GONE_S:g} s")
+            await asyncio.sleep(_POLL_S)
+
+    async def _end_export(self, export: str) -> None:
+        await self._monitor.execute("block-export-del", {"id": export, "mode": "hard"})
+        await self._until_gone("export", "query-block-exports", "id", export)
+
+    async def _end_job(self, job: str) -> None:
+        with contextlib.suppress(CommandError):  # it may have ended by itself
+            await self._monitor.execute("job-cancel", {"id": job})
+        await self._until_gone("job", "query-jobs", "id", job)
+
+    async def release(self) -> None:
+        """End the frozen view: afterwards the guest's writes cost nothing any more.
+
+        Every NBD connection must be closed before, or QEMU could hang in it. A second call does
+        nothing. The bitmaps stay: see `confirm` and `discard`.
+        """
+        self._released = True
+        await self._stack.aclose()
+        if self._guest_stopped_by_scratch and not self._monitor_lost:
+            status = await self._monitor.execute("query-status")
+            if status["status"] == "io-error":
+                # The scratch was full and QEMU paused the guest; with the job gone its write succeeds.
+                await self._monitor.execute("cont")
+
+    async def _remove_bitmap(self, node: str, name: str) -> None:
+        await self._monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+
+    async def _remove_bitmaps(self, doomed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+        problems = []
+        for node, name in doomed:
+            if self._monitor_lost:
+                problems.append(f"bitmap '{name}' may still be on node '{node}'")
+                continue
+            try:
+                await self._remove_bitmap(node, name)
+            except Error as exc:
+                self._monitor_lost = isinstance(exc, MonitorError)
+                problems.append(f"bitmap '{name}' stays on node '{node}': {exc}")
+        return tuple(problems)
+
+    async def confirm(self, obsolete: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """The backup is durable: keep its checkpoints, drop what nothing is counted from any more.
+
+        Args:
+            obsolete: names of bitmaps, by disk name.
+
+        Returns:
+            What could not be removed; it does no harm but takes memory in QEMU.
+        """
+        doomed = [(plan.disk.node, self._names.bitmap) for plan in self._plans]
+        for plan in self._plans:
+            doomed += [(plan.disk.node, name) for name in obsolete.get(plan.disk.name, ())]
+        return await self._remove_bitmaps(doomed)
+
+    async def discard(self) -> tuple[str, ...]:
+        """The backup failed: drop its checkpoints. The older ones have recorded all along."""
+        doomed = [(plan.disk.node, self._names.bitmap) for plan in self._plans]
+        doomed += [
+            (plan.disk.node, plan.checkpoint) for plan in self._plans if plan.checkpoint is not None
+        ]
+        return await self._remove_bitmaps(doomed)
+
+
+@contextlib.asynccontextmanager
+async def freeze(  # noqa: PLR0913 - each is a separate decision of the caller
+    monitor: Monitor,
+    names: RunNames,
+    plans: Sequence[DiskPlan],
+    rundir: RunDir,
+    *,
+    guest_first: bool,
+    nbd_address: str | None,
+    uri_of: Callable[[str | None, str], str],
+    on_lost: Callable[[PointInTimeLostError], None],
+) -> AsyncIterator[PointInTime]:
+    """Freeze all disks at one moment and serve them; the context's end releases them.
+
+    Args:
+        monitor: of the QEMU.
+        names: of what this run makes there.
+        plans: the disks, and what of each.
+        rundir: where scratch images and the NBD socket go.
+        guest_first: mode C instead of mode B.
+        nbd_address: URI of the NBD server that runs in this QEMU; None starts one in the run's folder.
+        uri_of: builds an export's URI from (nbd_address, export name).
+        on_lost: called in the event loop when the view breaks while it is in use.
+
+    When making it fails nothing of it is left, the bitmaps included. When the body fails only the
+    frozen view is ended: the caller decides about the bitmaps.
+
+    Raises:
+        CommandError, SourceError: QEMU refused a step.
+    """
+    frozen = PointInTime(monitor, names, plans, rundir, on_lost)
+    unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
+    watcher = None
+    try:
+        try:
+            await frozen._add_scratch()  # noqa: SLF001
+            if guest_first:
+                await frozen._freeze_guest_first()  # noqa: SLF001
+            else:
+                await frozen._freeze_by_job()  # noqa: SLF001
+            await frozen._serve(nbd_address, uri_of)  # noqa: SLF001
+        except BaseException:
+            await frozen.release()
+            for line in await frozen.discard():
+                log.debug("%s", line)
+            raise
+        watcher = asyncio.create_task(frozen._watch_space(), name="scratch-space")  # noqa: SLF001
+        try:
+            yield frozen
+        finally:
+            watcher.cancel()
+            await frozen.release()
+    finally:
+        unsubscribe()

@@ -1,0 +1,261 @@
+"""What a killed run leaves in QEMU, and its removal.
+
+After the client is gone its exports, filters, jobs, nodes and bitmaps are all still there. They are
+known by their names (`names`), and by the run's folder (`rundir`) whether that run still lives: a
+stopped process holds its lock, so nothing is taken away under it. Each step works whatever the steps
+before it found, so a clean-up that is itself killed is simply run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from nbdpull.errors import CommandError
+from nbdpull.source.names import checkpoint_parts, run_of
+from nbdpull.source.qmp import Monitor
+from nbdpull.source.rundir import FoundRun, find_run, find_runs
+
+__all__ = ["Committed", "LiveRun", "Swept", "sweep"]
+
+log = logging.getLogger(__name__)
+
+Committed = Callable[[str, str], bool]
+"""Told a chain's id and a backup's id, whether that backup may be durable."""
+
+_WAIT_S: Final = 30.0
+_POLL_S: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveRun:
+    """A run that is under way: its things were left alone."""
+
+    run: str
+    chain: str | None
+    pid: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Swept:
+    """What `sweep` removed and what it left, a line each, and the runs that still live."""
+
+    removed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    live: list[LiveRun] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """Everything of ours in one QEMU."""
+
+    exports: list[str]
+    jobs: list[str]
+    nodes: dict[str, Mapping[str, Any]]
+    bitmaps: list[tuple[str, str]]  # (node, name), exported ones
+    checkpoints: list[tuple[str, str]]  # (node, name), those of ours
+    foreign_exports: int
+
+    @classmethod
+    async def read(cls, monitor: Monitor) -> _Found:
+        exports = await monitor.execute("query-block-exports")
+        nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+        jobs = await monitor.execute("query-jobs")
+        bitmaps = [
+            (node["node-name"], bitmap["name"])
+            for node in nodes
+            # A filter passes on the bitmaps of the node below it: list each with its own node only.
+            if node["drv"] not in {"copy-before-write", "snapshot-access"}
+            for bitmap in node.get("dirty-bitmaps", [])
+            if bitmap.get("name")
+        ]
+        return cls(
+            exports=[entry["id"] for entry in exports if run_of(entry["id"])],
+            jobs=[entry["id"] for entry in jobs if run_of(entry["id"])],
+            nodes={n["node-name"]: n for n in nodes if run_of(n["node-name"])},
+            bitmaps=[pair for pair in bitmaps if run_of(pair[1])],
+            checkpoints=[pair for pair in bitmaps if checkpoint_parts(pair[1])],
+            foreign_exports=sum(
+                1 for entry in exports if entry["type"] == "nbd" and not run_of(entry["id"])
+            ),
+        )
+
+    def runs(self) -> set[str]:
+        names = [*self.exports, *self.jobs, *self.nodes, *(name for _, name in self.bitmaps)]
+        return {run for name in names if (run := run_of(name))}
+
+    def folder(self, run: str) -> Path | None:
+        """The run's folder, told by where its scratch images are."""
+        for name, node in self.nodes.items():
+            if run_of(name) == run and node["drv"] == "file":
+                return Path(node["image"]["filename"]).parent
+        return None
+
+
+async def sweep(
+    monitor: Monitor,
+    *,
+    scratch: str | None = None,
+    force: bool = False,
+    committed: Committed = lambda _chain, _backup: False,
+) -> Swept:
+    """Remove what runs that are no more left in this QEMU.
+
+    Args:
+        monitor: of the QEMU to clean.
+        scratch: where runs keep their folders when QEMU does not tell; None for the default place.
+        force: take away runs that still live, too.
+        committed: whether a checkpoint, by its chain's and its backup's id, belongs to a backup that is
+            (or may be) durable: it is kept although its run never confirmed it, a sound base.
+
+    Raises:
+        MonitorError: the session broke; run it again.
+    """
+    swept = Swept()
+    found = await _Found.read(monitor)
+    here = {
+        run.path.name.removeprefix("nbdpull-"): run
+        for run in await asyncio.to_thread(lambda: list(find_runs(scratch)))
+        if run.source == str(monitor.address)
+    }
+    for run in sorted(found.runs() | set(here)):
+        told = found.folder(run)
+        folder = (find_run(told) if told else None) or here.get(run)
+        if folder is not None and folder.alive and not force:
+            swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
+            swept.kept.append(
+                f"run {run}: process {folder.pid} still works on it (end it first, or use --force)"
+            )
+            continue
+        sweeper = _Sweeper(monitor=monitor, run=run, found=found, folder=folder, swept=swept)
+        await sweeper.go(committed)
+    return swept
+
+
+async def _try(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> str | None:
+    """Run a command; what QEMU said against it, or None."""
+    try:
+        await monitor.execute(command, arguments)
+    except CommandError as exc:
+        log.debug("%s", exc)
+        return exc.description
+    return None
+
+
+async def _gone(monitor: Monitor, query: str, ids: Sequence[str]) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _WAIT_S
+    while loop.time() < deadline:
+        entries = await monitor.execute(query)
+        left = [entry for entry in entries if entry["id"] in ids]
+        if not left:
+            return
+        for entry in left:
+            if entry.get("status") == "concluded":
+                await _try(monitor, "job-dismiss", {"id": entry["id"]})
+        await asyncio.sleep(_POLL_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sweeper:
+    """The removal of one dead run."""
+
+    monitor: Monitor
+    run: str
+    found: _Found
+    folder: FoundRun | None
+    swept: Swept
+
+    def mine(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if run_of(name) == self.run]
+
+    async def remove(
+        self, what: str, name: str, command: str, arguments: Mapping[str, object]
+    ) -> None:
+        problem = await _try(self.monitor, command, arguments)
+        if problem is None:
+            self.swept.removed.append(f"{what} {name}")
+        else:
+            self.swept.kept.append(f"{what} {name}: {problem}")
+
+    async def go(self, committed: Committed) -> None:
+        """Every step, in an order that matters: what stands on another thing goes first."""
+        await self._let_guest_run()
+        exports = self.mine(self.found.exports)
+        for name in exports:
+            await self.remove("export", name, "block-export-del", {"id": name, "mode": "hard"})
+        await _gone(self.monitor, "query-block-exports", exports)
+        await self._remove_nodes("snapshot-access")
+        jobs = self.mine(self.found.jobs)
+        for name in jobs:
+            await self.remove("job", name, "job-cancel", {"id": name})
+        await _gone(self.monitor, "query-jobs", jobs)
+        for name in self.mine(self.found.nodes):
+            if self.found.nodes[name]["drv"] == "copy-before-write":
+                await _give_drive_back(self.monitor, name)
+        await self._remove_nodes("copy-before-write")
+        await self._remove_nodes("file")
+        await self._remove_bitmaps(committed)
+        await self._remove_folder()
+
+    async def _let_guest_run(self) -> None:
+        if self.folder is not None and self.folder.paused:
+            status = await self.monitor.execute("query-status")
+            if status["status"] == "paused":
+                await self.monitor.execute("cont")
+                self.swept.removed.append(f"pause of the guest by run {self.run}")
+
+    async def _remove_nodes(self, driver: str) -> None:
+        # Asked anew: a job takes its filter with it.
+        nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
+        for name in self.mine(node["node-name"] for node in nodes if node["drv"] == driver):
+            await self.remove("node", name, "blockdev-del", {"node-name": name})
+
+    async def _remove_bitmaps(self, committed: Committed) -> None:
+        exported = [pair for pair in self.found.bitmaps if run_of(pair[1]) == self.run]
+        for node, name in exported:
+            await self._remove_bitmap("bitmap", node, name)
+        if not exported:
+            return
+        # The run never came to drop its exported bitmap, so its checkpoint was not confirmed.
+        for node, name in self.found.checkpoints:
+            parts = checkpoint_parts(name)
+            if parts is not None and parts[1].startswith(self.run) and not committed(*parts):
+                await self._remove_bitmap("checkpoint", node, name)
+
+    async def _remove_bitmap(self, what: str, node: str, name: str) -> None:
+        arguments = {"node": node, "name": name}
+        await self.remove(what, name, "block-dirty-bitmap-remove", arguments)
+
+    async def _remove_folder(self) -> None:
+        if self.folder is None:
+            return
+        if self.folder.server and not self.found.foreign_exports:
+            problem = await _try(self.monitor, "nbd-server-stop", {})
+            if problem is None:
+                self.swept.removed.append(f"NBD server of run {self.run}")
+        await asyncio.to_thread(self.folder.remove)
+        self.swept.removed.append(f"scratch folder of run {self.run}")
+
+
+async def _give_drive_back(monitor: Monitor, node: str) -> None:
+    """Where a guest device stands on our filter, put it back on what is below the filter now."""
+    graph = await monitor.execute("x-debug-query-block-graph")
+    names = {entry["id"]: entry["name"] for entry in graph["nodes"]}
+    below = next(
+        (
+            names[edge["child"]]
+            for edge in graph["edges"]
+            if names.get(edge["parent"]) == node and edge["name"] == "file"
+        ),
+        None,
+    )
+    for entry in await monitor.execute("query-block"):
+        if entry.get("inserted", {}).get("node-name") == node and entry.get("qdev") and below:
+            qdev = str(entry["qdev"])
+            path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+            await _try(monitor, "qom-set", {"path": path, "property": "drive", "value": below})

@@ -1,0 +1,84 @@
+"""The names that nbdpull gives to what it makes in QEMU: by them it knows its own again.
+
+    np-<run>-scr0, -cbw0, -acc0, -bk0, -e0     nodes, jobs and exports of one run; gone when it ends
+    np-<run>-exp                               bitmap: what this run exports; gone when it ends
+    nbdpull-<chain>-<backup>                   bitmap: a checkpoint; records what changed since a backup
+
+`run` is the first 8 hex digits of the backup's id, so that a run and its checkpoint find each other.
+Node names have at most 31 characters (QEMU's limit).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from blake3 import blake3
+
+__all__ = ["ChainId", "RunNames", "chain_id", "checkpoint_name", "checkpoint_parts", "run_of"]
+
+_RUN: Final = re.compile(r"np-([0-9a-f]{8})-[a-z]+[0-9]*")
+_CHECKPOINT: Final = re.compile(r"nbdpull-([0-9a-f]{12})-([0-9a-f]{16})")
+
+ChainId = str
+"""12 hex digits that stand for a chain in bitmap names."""
+
+
+def chain_id(repository: str, vm: str, chain: str) -> ChainId:
+    """The id of a chain: one of a VM in one repository, so that two repositories never share a bitmap."""
+    digest = blake3()
+    for part in (repository, vm, chain):
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(4, "little"))
+        digest.update(raw)
+    return digest.hexdigest()[:12]
+
+
+def checkpoint_name(chain: ChainId, backup: str) -> str:
+    """Name of the bitmap that records from `backup` on."""
+    return f"nbdpull-{chain}-{backup}"
+
+
+def checkpoint_parts(name: str) -> tuple[ChainId, str] | None:
+    """The chain's and the backup's id in a bitmap's name, or None when it is not ours."""
+    found = _CHECKPOINT.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def run_of(name: str) -> str | None:
+    """The run that a node, job, export or bitmap belongs to, or None when it is not ours."""
+    found = _RUN.fullmatch(name)
+    return found[1] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunNames:
+    """Names of one run's things, by number of disk."""
+
+    run: str
+
+    @property
+    def bitmap(self) -> str:
+        """The bitmap that is exported; one on each disk."""
+        return f"np-{self.run}-exp"
+
+    def scratch(self, index: int) -> str:
+        """The node that holds what the guest overwrites."""
+        return f"np-{self.run}-scr{index}"
+
+    def filter(self, index: int) -> str:
+        """The copy-before-write filter above the disk."""
+        return f"np-{self.run}-cbw{index}"
+
+    def access(self, index: int) -> str:
+        """The node that shows the point in time."""
+        return f"np-{self.run}-acc{index}"
+
+    def job(self, index: int) -> str:
+        """The backup job that owns the filter."""
+        return f"np-{self.run}-bk{index}"
+
+    def export(self, index: int) -> str:
+        """The NBD export: its id in QEMU, and its name for clients."""
+        return f"np-{self.run}-e{index}"

@@ -1,0 +1,206 @@
+"""The folder of one run: scratch images, NBD socket, and a lock that tells whether the run lives.
+
+nbdpull-<run>/
+    run.json      which monitor, which chain, which process
+    lock          held with flock(2) as long as the process lives, also while it is stopped
+    paused        there only while this run has paused the guest (mode C's few milliseconds)
+    disk<n>.raw   scratch, sparse
+    nbd.sock      made by QEMU; there as long as the server that this run started
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nbdpull.errors import SourceError, UsageError
+
+__all__ = ["FoundRun", "RunDir", "find_run", "find_runs"]
+
+# sun_path of Linux is 108 bytes with its closing NUL, see unix(7).
+_SOCKET_PATH_MAX: Final = 107
+
+
+class RunDir:
+    """A folder made for this run; `close` removes it."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(
+        cls,
+        parent: str | None,
+        run: str,
+        *,
+        source: str,
+        chain: str,
+        owner: tuple[int, int] | None,
+    ) -> RunDir:
+        """Make and lock the folder.
+
+        Args:
+            parent: where; the system's folder for temporary files when None.
+            run: its id.
+            source: the monitor it works with.
+            chain: the id of the chain it backs up.
+            owner: user and group that QEMU runs as: given the folder where this process is root.
+
+        Raises:
+            UsageError: the folder can't be made there.
+        """
+        base = Path(parent or tempfile.gettempdir()).absolute()
+        path = base / f"nbdpull-{run}"
+        if len(os.fsencode(path / "nbd.sock")) > _SOCKET_PATH_MAX:
+            raise UsageError(
+                f"scratch folder {base} is too deep: a socket's path has at most {_SOCKET_PATH_MAX}"
+                f" bytes; choose a shorter one with --scratch"
+            )
+        try:
+            path.mkdir(mode=0o700)
+            lock = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made = cls(path, lock)
+            (path / "run.json").write_text(
+                json.dumps({"source": source, "chain": chain, "pid": os.getpid()})
+            )
+            if owner is not None and os.geteuid() == 0 and owner[0] != 0:
+                os.chown(path, *owner)
+        except OSError as exc:
+            shutil.rmtree(path, ignore_errors=True)
+            raise UsageError(
+                f"can't use {base} for scratch images: {exc.strerror}; choose a writable folder with"
+                " --scratch"
+            ) from exc
+        return made
+
+    @property
+    def socket(self) -> str:
+        """Where QEMU's NBD server is to listen."""
+        return str(self.path / "nbd.sock")
+
+    def make_scratch(self, index: int, size: int) -> str:
+        """Make a sparse file of `size` bytes and return its path.
+
+        Raises:
+            SourceError: the file system can't hold a file of that size.
+        """
+        path = self.path / f"disk{index}.raw"
+        try:
+            with path.open("wb") as file:
+                os.truncate(file.fileno(), size)
+                owner = self.path.stat()
+                if os.geteuid() == 0 and owner.st_uid != 0:
+                    os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+        except OSError as exc:
+            hint = "its file system has no such large files" if exc.errno == errno.EFBIG else ""
+            raise SourceError(
+                f"can't make a sparse scratch file of {size} bytes at {path}: {exc.strerror}"
+                f" {hint}; choose another folder with --scratch"
+            ) from exc
+        return str(path)
+
+    def free_bytes(self) -> int:
+        """Room that is left for scratch images."""
+        state = os.statvfs(self.path)
+        return state.f_bavail * state.f_frsize
+
+    def used_bytes(self) -> int:
+        """Room that the scratch images take now."""
+        return sum(file.stat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
+
+    def mark_paused(self, *, paused: bool) -> None:
+        """Note that this run has stopped the guest, for whoever cleans up after a crash."""
+        if paused:
+            (self.path / "paused").touch()
+        else:
+            (self.path / "paused").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the folder and let the lock go; never raises."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            os.close(self._lock)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """The folder of some run, as found on the disk.
+
+    Attributes:
+        alive: its process lives (and may be stopped).
+        paused: it stopped the guest and has not let it go on.
+        server: it started the NBD server.
+    """
+
+    path: Path
+    alive: bool
+    paused: bool
+    server: bool
+    source: str | None
+    chain: str | None
+    pid: int | None
+
+    def remove(self) -> None:
+        """Remove what is left of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def find_run(path: Path) -> FoundRun | None:
+    """What is known of the run whose folder is `path`; None when there is none, or it is not ours.
+
+    The path may come from QEMU, so it counts only when it is a folder of the right name that
+    this user, or root, made.
+    """
+    if not re.fullmatch(r"nbdpull-[0-9a-f]{8}", path.name):
+        return None
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            return None
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(lock).st_uid not in {0, os.geteuid()}:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alive = False
+        except OSError:
+            alive = True
+    finally:
+        os.close(lock)
+    described: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        loaded = json.loads((path / "run.json").read_text())
+        described = loaded if isinstance(loaded, dict) else {}
+    return FoundRun(
+        path=path,
+        alive=alive,
+        paused=(path / "paused").exists(),
+        server=(path / "nbd.sock").is_socket(),
+        source=described.get("source"),
+        chain=described.get("chain"),
+        pid=described.get("pid"),
+    )
+
+
+def find_runs(parent: str | None) -> Iterator[FoundRun]:
+    """All runs whose folders are in `parent` (None: where they are by default)."""
+    base = Path(parent or tempfile.gettempdir())
+    for path in sorted(base.glob("nbdpull-????????")):
+        found = find_run(path)
+        if found is not None:
+            yield found

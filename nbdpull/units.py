@@ -1,0 +1,73 @@
+"""Bytes, rates and durations for people, and sizes as people write them.
+
+A size is always counted in powers of 1024 and says so: KiB, MiB, GiB, TiB, PiB.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_duration", "format_rate", "format_size", "parse_size"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP = 1024
+_MINUTE_S = 60.0
+_HOUR_S = 3600.0
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGTP])(?:iB)?|B)?", re.IGNORECASE)
+
+
+def format_size(size: float) -> str:
+    """A size with three or four significant digits: ``0 B``, ``64.0 KiB``, ``1023 MiB``, ``2.95 GiB``."""
+    value = float(size)
+    unit = 0
+    # 1023.5 would be shown as 1024, which is one of the next unit.
+    while abs(value) >= _STEP - 0.5 and unit < len(_UNITS) - 1:
+        value /= _STEP
+        unit += 1
+    if unit == 0:
+        return f"{value:.0f} B"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {_UNITS[unit]}"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """A rate: ``512 MiB/s``."""
+    return f"{format_size(bytes_per_s)}/s"
+
+
+def format_duration(duration_s: float) -> str:
+    """A duration in its two largest units: ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if duration_s < 9.95:
+        return f"{max(duration_s, 0.0):.1f} s"
+    seconds = round(duration_s)
+    if seconds < _MINUTE_S:
+        return f"{seconds} s"
+    if seconds < _HOUR_S:
+        return f"{seconds // 60} min {seconds % 60} s"
+    minutes = round(duration_s / _MINUTE_S)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``4096``, ``64K``, ``64 KiB`` or ``1.5GiB``; units are powers of 1024.
+
+    Raises:
+        ValueError: not a size, a fraction of a byte, or KB, MB ..., which mean 1000 to some and
+            1024 to others.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"'{text}' is no size; expected a number with B, KiB, MiB, GiB, TiB or PiB"
+        )
+    number: str = match[1]
+    letter: str | None = match[2]
+    power = "KMGTP".index(letter.upper()) + 1 if letter else 0
+    whole, _, fraction = number.partition(".")
+    # Integers all the way: a float would round sizes above 8 PiB.
+    numerator = int(whole + fraction) << 10 * power
+    denominator: int = 10 ** len(fraction)
+    size, rest = divmod(numerator, denominator)
+    if rest:
+        raise ValueError(f"'{text}' is no whole number of bytes")
+    return size

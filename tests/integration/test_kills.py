@@ -1,0 +1,290 @@
+"""Clients that die or stop in the middle, monitors that are taken: the VM must not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nbdpull
+from nbdpull import Level
+from tests.integration.conftest import Keeper
+from tests.support.bootwriter import BootWriter
+from tests.support.disk import Disk, compare, create_disk
+from tests.support.process import run
+from tests.support.tools import QemuTools
+from tests.support.vm import QemuProcess, StorageDaemon, Vm
+
+MIB = 1 << 20
+
+
+@contextmanager
+def running_backup(
+    vm: QemuProcess, keeper: Keeper, *options: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A backup by the command line, in the middle of its pull."""
+    command = [sys.executable, "-m", "nbdpull", "backup", vm.uri, "-r", keeper.repository]
+    command += ["--scratch", str(keeper.scratch), "--progress", "json", "--json", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        assert client.stderr is not None
+        try:
+            for line in client.stderr:
+                event: dict[str, Any] = json.loads(line)
+                if event.get("done", 0) > 0 and event["done"] < event["total"]:
+                    break
+            else:
+                pytest.fail("the backup ended before it could be caught")
+            yield client
+        finally:
+            if client.poll() is None:
+                client.kill()
+
+
+@pytest.fixture
+def disks(tmp_path: Path, qemu_tools: QemuTools) -> list[Disk]:
+    """Two disks with enough data that a pull takes seconds."""
+    made = [create_disk(tmp_path, name, size=1 << 30, tools=qemu_tools) for name in ("vda", "vdb")]
+    for disk in made:
+        noise = tmp_path / "noise"
+        with noise.open("wb") as file:
+            for _ in range(64):
+                file.write(os.urandom(8 * MIB))
+        run([qemu_tools.qemu_img, "convert", "-f", "raw", "-O", "qcow2", noise, disk.path])
+        noise.unlink()
+        run([qemu_tools.qemu_img, "resize", "-q", disk.path, str(1 << 30)])
+    return made
+
+
+def answers(vm: QemuProcess) -> float:
+    """Seconds that QEMU takes for commands that drain all its disks."""
+    begin = time.monotonic()
+    machine = isinstance(vm, Vm)
+    if machine:
+        vm.qmp("stop")
+    vm.qmp(
+        "transaction",
+        actions=[
+            {
+                "type": "block-dirty-bitmap-add",
+                "data": {"node": disk.node, "name": f"probe-{begin}"},
+            }
+            for disk in vm.disks
+        ],
+    )
+    for disk in vm.disks:
+        vm.qmp("block-dirty-bitmap-remove", node=disk.node, name=f"probe-{begin}")
+    if machine:
+        vm.qmp("cont")
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
+def test_killed_client_leaves_a_guest_that_goes_on(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], mode: tuple[str, ...]
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        first = keeper.backup(vm.uri)
+        vm.wait_written(10)
+        with running_backup(vm, keeper, "-l", "full", *mode) as client:
+            client.send_signal(signal.SIGKILL)
+            client.wait()
+        vm.wait_written(10)
+        assert answers(vm) < 5
+        assert any(vm.leftovers().values())
+        backups = nbdpull.list_backups(keeper.repository)
+        assert [found.backup for found in backups] == [first.backup]
+        cleaned = keeper.cleanup(vm.uri)
+        assert cleaned.removed
+        assert not any(vm.leftovers().values())
+        assert keeper.cleanup(vm.uri).removed == ()
+        assert all(set(vm.bitmaps(disk.name)) <= set_of(first, vm, disk) for disk in disks)
+        assert list(keeper.scratch.iterdir()) == []
+        with vm.halted():
+            truth = vm.copy_disks(keeper.scratch.parent / "truth")
+            after = keeper.backup(vm.uri)
+        assert [disk.level for disk in after.disks] == [Level.INCREMENTAL] * 2
+        for name, path in keeper.restore(after.backup).items():
+            compare(path, truth[name], tools=qemu_tools)
+
+
+def set_of(result: nbdpull.BackupResult, vm: Vm, disk: Disk) -> set[str]:
+    """The bitmaps on a disk that belong to one backup."""
+    return {name for name in vm.bitmaps(disk.name) if name.endswith(result.backup)}
+
+
+def test_the_next_backup_cleans_up_after_a_killed_one(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk]
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        with running_backup(vm, keeper) as client:
+            client.kill()
+            client.wait()
+        vm.wait_written(5)
+        with vm.halted():
+            truth = vm.copy_disks(keeper.scratch.parent / "truth")
+            result = keeper.backup(vm.uri)
+        assert not any(vm.leftovers().values())
+        for disk in disks:
+            assert len(vm.bitmaps(disk.name)) == 1
+        for name, path in keeper.restore(result.backup).items():
+            compare(path, truth[name], tools=qemu_tools)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_tears_down_before_the_exit(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], number: signal.Signals
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        with running_backup(vm, keeper) as client:
+            client.send_signal(number)
+            output, _ = client.communicate(timeout=30)
+        assert client.returncode == 128 + number
+        assert output == b""
+        assert not any(vm.leftovers().values())
+        assert [vm.bitmaps(disk.name) for disk in disks] == [{}, {}]
+        assert list(keeper.scratch.iterdir()) == []
+        assert nbdpull.list_backups(keeper.repository) == ()
+
+
+@pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
+def test_stopped_client_does_not_freeze_the_vm(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], mode: tuple[str, ...]
+) -> None:
+    writer = BootWriter()
+    with Vm(disks, tools=qemu_tools, writer=writer) as vm:
+        with running_backup(vm, keeper, *mode) as client:
+            client.send_signal(signal.SIGSTOP)
+            end = time.monotonic() + 30
+            slowest = 0.0
+            while time.monotonic() < end:
+                vm.wait_written(2, timeout_s=10)
+                slowest = max(slowest, answers(vm))
+                time.sleep(0.5)
+            assert slowest < 5
+            # It still holds its run: nobody takes that away under it.
+            kept = keeper.cleanup(vm.uri) if not monitor_is_taken(vm) else None
+            assert kept is None or kept.kept
+            client.send_signal(signal.SIGCONT)
+            output, _ = client.communicate(timeout=120)
+        assert client.returncode == 0
+        result = json.loads(output)
+        assert not any(vm.leftovers().values())
+        restored = keeper.restore(result["backup"])
+        assert set(restored) == {"vda", "vdb"}
+
+
+def monitor_is_taken(vm: Vm) -> bool:
+    """Whether a client holds the product's monitor: a second one gets no greeting."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        probe.connect(str(vm.socket))
+        try:
+            return not probe.recv(1)
+        except TimeoutError:
+            return True
+
+
+def test_killed_client_of_a_storage_daemon(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk]
+) -> None:
+    with StorageDaemon(disks, tools=qemu_tools) as daemon:
+        with running_backup(daemon, keeper, "--vm", "daemon") as client:
+            client.kill()
+            client.wait()
+        assert answers(daemon) < 5
+        assert any(daemon.leftovers().values())
+        keeper.cleanup(daemon.uri)
+        assert not any(daemon.leftovers().values())
+
+
+def test_taken_monitor_is_an_error_in_seconds(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
+    with Vm([disk], tools=qemu_tools) as vm, socket.socket(socket.AF_UNIX) as holder:
+        holder.connect(str(vm.socket))
+        assert holder.recv(10)
+        begin = time.monotonic()
+        with pytest.raises(nbdpull.MonitorInUseError, match="monitor of its own") as caught:
+            keeper.backup(vm.uri)
+        assert time.monotonic() - begin < 10
+        assert caught.value.exit_code == 11
+
+
+def test_nbd_server_that_runs_already(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
+    path = tmp_path / "nbd"
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 4 1M 1M")
+        vm.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+        with pytest.raises(nbdpull.SourceError, match="--nbd-address"):
+            keeper.backup(vm.uri)
+        assert not any(vm.leftovers().values())
+        assert vm.bitmaps("vda") == {}
+        result = keeper.backup(vm.uri, nbd_address=f"nbd+unix:///?socket={path}")
+        assert path.exists()
+        vm.qemu_io("vda", "flush")
+        compare(
+            keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
+        )
+        # It is not ours to stop.
+        vm.qmp("nbd-server-stop")
+
+
+def test_tcp_monitor(qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path) -> None:
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", "-S"]
+    with Vm([disk], tools=qemu_tools, arguments=arguments) as vm:
+        vm.qemu_io("vda", "write -P 4 1M 1M")
+        result = keeper.backup(f"qmp+tcp://127.0.0.1:{port}")
+        vm.qemu_io("vda", "flush")
+        compare(
+            keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
+        )
+
+
+def test_full_scratch_ends_the_backup_and_not_the_guest(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    """The folder has too little room from the start: nothing may be frozen for long."""
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools, size=256 * MIB)
+    small = tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
+    try:
+        with Vm([disk], tools=qemu_tools) as vm:
+            vm.qemu_io("vda", "write -P 4 0 200M")
+            with pytest.raises(nbdpull.PointInTimeLostError, match="--scratch"):
+                nbdpull.backup(vm.uri, keeper.repository, scratch=str(small))
+            assert not any(vm.leftovers().values())
+            assert vm.bitmaps("vda") == {}
+            result = keeper.backup(vm.uri)
+            assert result.level is Level.FULL
+    finally:
+        run(["umount", small])
+
+
+def test_unwritable_scratch_folder_is_told_before_anything_is_touched(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
+    with Vm([disk], tools=qemu_tools) as vm:
+        with pytest.raises(nbdpull.UsageError, match="--scratch"):
+            nbdpull.backup(vm.uri, keeper.repository, scratch="/proc/self/fd")
+        assert not any(vm.leftovers().values())
+        assert vm.bitmaps("vda") == {}
