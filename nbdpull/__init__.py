@@ -59,8 +59,7 @@ from nbdpull.model.results import (
     ShowResult,
     VerifyResult,
 )
-
-__version__ = "0.1.0"
+from nbdpull.version import __version__
 
 __all__ = [  # noqa: RUF022 - from most to least important
     "backup",

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import click
 
-from nbdpull import __version__
 from nbdpull.cli.console import StdoutError, one_line, write_stderr
+from nbdpull.version import __version__
 
 __all__ = ["main", "program"]
 

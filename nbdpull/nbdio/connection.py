@@ -129,11 +129,17 @@ class Connection:
             NbdError: no connection, or a context was not granted.
         """
         handle = _start(uri, contexts)
-        _await_ready(handle, uri, cancel, timeout_s)
-        for context in contexts:
-            if not handle.can_meta_context(context):
-                raise NbdError(f"export {uri} does not offer the block status context '{context}'")
-        return cls(handle, uri, cancel)
+        try:
+            _await_ready(handle, uri, cancel, timeout_s)
+            for context in contexts:
+                if not handle.can_meta_context(context):
+                    raise NbdError(
+                        f"export {uri} does not offer the block status context '{context}'"
+                    )
+            return cls(handle, uri, cancel)
+        except BaseException:
+            _shut(handle)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -157,14 +163,7 @@ class Connection:
                 handle.poll(_TICK_MS)
         except nbd.Error:
             pass
-        # libnbd 1.14 has no close(): it closes the socket when the last reference goes, and an exception's
-        # traceback may hold one for long. A reply that nobody reads would hang QEMU's teardown, so the
-        # connection is ended here, whoever still holds the handle.
-        try:
-            with socket.socket(fileno=os.dup(handle.aio_get_fd())) as copy:
-                copy.shutdown(socket.SHUT_RDWR)
-        except (nbd.Error, OSError):
-            pass  # closed already
+        _shut(handle)
 
     def _wait(self, cookie: int, what: str, start: int, length: int) -> None:
         handle = self._nbd
@@ -285,6 +284,20 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
             ) from exc
         raise NbdError(f"can't connect to {uri}: {exc}") from exc
     return handle
+
+
+def _shut(handle: nbd.NBD) -> None:
+    """End the connection of a handle, whoever still holds it. Never raises.
+
+    libnbd 1.14 has no close(): it closes the socket when the last reference goes, and an exception's
+    traceback may hold one for long. A client that is still connected, or a reply that nobody reads, would
+    hang QEMU's teardown of the export.
+    """
+    try:
+        with socket.socket(fileno=os.dup(handle.aio_get_fd())) as copy:
+            copy.shutdown(socket.SHUT_RDWR)
+    except (nbd.Error, OSError):
+        pass  # closed already
 
 
 def _await_ready(

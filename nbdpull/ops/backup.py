@@ -12,14 +12,12 @@ all along, so the next backup has everything.
 
 from __future__ import annotations
 
-
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nbdpull import __version__
 from nbdpull.errors import (
     DamagedError,
     Error,
@@ -50,6 +48,7 @@ from nbdpull.source.leftovers import sweep
 from nbdpull.source.names import RunNames, chain_id, checkpoint_name, checkpoint_parts
 from nbdpull.source.qmp import Monitor, open_monitor
 from nbdpull.source.rundir import RunDir
+from nbdpull.version import __version__
 
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
@@ -275,7 +274,7 @@ async def backup(
 class _Run:
     """One backup from the frozen view to the confirmed checkpoint."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what `backup` found out, once
+    def __init__(
         self,
         options: BackupOptions,
         monitor: Monitor,

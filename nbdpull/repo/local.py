@@ -232,7 +232,10 @@ class LocalStore:
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         path = self.path(key)
-        with told("delete", path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        with (
+            told("delete", path),
+            suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+        ):
             path.unlink()
             sync_folder(path.parent)
 

@@ -398,7 +398,7 @@ class PointInTime:
 
 
 @contextlib.asynccontextmanager
-async def freeze(  # noqa: PLR0913 - each is a separate decision of the caller
+async def freeze(
     monitor: Monitor,
     names: RunNames,
     plans: Sequence[DiskPlan],

@@ -60,7 +60,7 @@ class StoreConformance:
 
             with ThreadPoolExecutor(8) as pool:
                 tries = [pool.submit(write, who, f"m/d{round_}/s", start) for who in range(8)]
-            won = [done.result() for done in tries if done.result() is not None]
+            won = [who for done in tries if (who := done.result()) is not None]
             assert len(won) == 1
             assert store.get(f"m/d{round_}/s", limit=9) == b"%d" % won[0]
 

@@ -317,7 +317,7 @@ def test_a_failed_session_says_so_at_every_call(repository: Repository) -> None:
     for _ in range(2):
         with pytest.raises(StoreError, match="no room"):
             session.seal()
-    with pytest.raises(StoreError, match="failed before: .*no room"):
+    with pytest.raises(StoreError, match=r"failed before: .*no room"):
         session.put(b"x")
 
 
