@@ -131,11 +131,7 @@ class Connection:
         handle = _start(uri, contexts)
         try:
             _await_ready(handle, uri, cancel, timeout_s)
-            for context in contexts:
-                if not handle.can_meta_context(context):
-                    raise NbdError(
-                        f"export {uri} does not offer the block status context '{context}'"
-                    )
+            _check_contexts(handle, uri, contexts)
             return cls(handle, uri, cancel)
         except BaseException:
             _shut(handle)
@@ -284,6 +280,12 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
             ) from exc
         raise NbdError(f"can't connect to {uri}: {exc}") from exc
     return handle
+
+
+def _check_contexts(handle: nbd.NBD, uri: str, contexts: tuple[str, ...]) -> None:
+    for context in contexts:
+        if not handle.can_meta_context(context):
+            raise NbdError(f"export {uri} does not offer the block status context '{context}'")
 
 
 def _shut(handle: nbd.NBD) -> None:
