@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdpull.errors import (
@@ -37,23 +37,20 @@ from nbdpull.model.results import (
     ProgressCallback,
     ProgressKind,
 )
-from nbdpull.nbdio.connection import Cancelled, unix_uri, with_export
+from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
-from nbdpull.source.address import parse_source
-from nbdpull.source.disks import Disk, check_iothreads, find_disks, select_disks
-from nbdpull.source.fleecing import DiskPlan, PointInTime, freeze
-from nbdpull.source.leftovers import sweep
-from nbdpull.source.names import RunNames, chain_id, checkpoint_name, checkpoint_parts
-from nbdpull.source.qmp import Monitor, open_monitor
-from nbdpull.source.rundir import RunDir
+from nbdpull.source.base import Disk, DiskPlan, PointInTime, RunInfo, Source
+from nbdpull.source.names import chain_id, checkpoint_name, checkpoint_parts
+from nbdpull.source.open import check_source, open_source
+from nbdpull.source.qemu import QemuOptions
 from nbdpull.version import __version__
 
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
 
-__all__ = ["BackupOptions", "backup", "vm_name"]
+__all__ = ["BackupOptions", "backup"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,28 +93,6 @@ class _Chosen:
     decision: Decision
     parent: Manifest | None
     checkpoint: str | None
-
-
-async def vm_name(monitor: Monitor) -> tuple[str, str | None]:
-    """What QEMU calls itself, and a warning where that is not unique.
-
-    A VM without ``-name`` goes by its UUID, a qemu-storage-daemon by its kind.
-    """
-    if monitor.storage_daemon:
-        return (
-            "qemu-storage-daemon",
-            "a qemu-storage-daemon has no name; give one with --vm to tell it from others",
-        )
-    named = await monitor.execute("query-name")
-    if named.get("name"):
-        return str(named["name"]), None
-    uuid = str((await monitor.execute("query-uuid"))["UUID"])
-    if set(uuid) <= {"0", "-"}:
-        return (
-            uuid,
-            "the VM has neither a name nor a UUID; give one with --vm to tell it from others",
-        )
-    return uuid, None
 
 
 class _Chain:
@@ -208,10 +183,10 @@ def _backup_level(chosen: Sequence[_Chosen]) -> Level:
 
 
 async def _recover(
-    monitor: Monitor, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
+    source: Source, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
 ) -> None:
     """Clear away what a dead run left, and refuse to run beside a live one of the same chain."""
-    swept = await sweep(monitor, scratch=options.scratch, committed=chain.committed)
+    swept = await source.sweep(chain.committed)
     for line in swept.removed:
         say(f"removed what an earlier run left: {line}")
     for live in swept.live:
@@ -236,25 +211,28 @@ async def backup(
         RepositoryNotFoundError: no repository there.
         SourceError, RepositoryError: the backup failed, and costs nothing but its own work.
     """
-    address = parse_source(options.source)
+    check_source(options.source)
     repository = await call(Repository.open, options.repository, write=True)
 
     def say(text: str) -> None:
         if progress is not None:
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
-    async with open_monitor(address) as monitor:
-        warnings: list[str] = []
+    qemu = QemuOptions(
+        guest_first=options.guest_first,
+        nbd_address=options.nbd_address,
+        scratch=options.scratch,
+        force=options.force,
+    )
+    async with open_source(options.source, qemu) as source:
         vm = options.vm
         if vm is None:
-            vm, warning = await vm_name(monitor)
+            vm, warning = await source.vm_name()
             if warning is not None:
                 say(warning)
         chain = await call(_Chain, repository, vm, options.chain)
-        await _recover(monitor, options, chain, say)
-        disks, skipped = await find_disks(monitor)
-        disks = select_disks(disks, skipped, include=options.include, exclude=options.exclude)
-        check_iothreads(disks, monitor.version, force=options.force)
+        await _recover(source, options, chain, say)
+        disks = await source.disks(include=options.include, exclude=options.exclude)
         backup_id = BackupId(secrets.token_hex(8))
         chosen = []
         for disk in disks:
@@ -266,9 +244,7 @@ async def backup(
                 _Chosen(disk=disk, decision=decision, parent=parent, checkpoint=checkpoint)
             )
             say(f"disk {disk.name}: {decision.level}, {decision.reason}")
-        run = _Run(options, monitor, repository, chain, vm, backup_id, chosen, progress)
-        result = await run.go()
-        return replace(result, warnings=(*warnings, *result.warnings))
+        return await _Run(options, source, repository, chain, vm, backup_id, chosen, progress).go()
 
 
 class _Run:
@@ -277,7 +253,7 @@ class _Run:
     def __init__(
         self,
         options: BackupOptions,
-        monitor: Monitor,
+        source: Source,
         repository: Repository,
         chain: _Chain,
         vm: str,
@@ -286,41 +262,18 @@ class _Run:
         progress: ProgressCallback | None,
     ) -> None:
         self.options = options
-        self.monitor = monitor
+        self.source = source
         self.repository = repository
         self.chain = chain
         self.vm = vm
         self.backup_id = backup_id
         self.chosen = chosen
         self.progress = progress
-        self.names = RunNames(backup_id[:8])
         self.level = _backup_level(chosen)
         self.sessions: list[Session] = []
         self._stop: Callable[[], None] = lambda: None
 
     async def go(self) -> BackupResult:
-        monitor = self.monitor
-        owner = None
-        if monitor.peer_uid is not None and monitor.peer_gid is not None:
-            owner = (monitor.peer_uid, monitor.peer_gid)
-        rundir = await call(
-            lambda: RunDir.create(
-                self.options.scratch,
-                self.names.run,
-                source=str(monitor.address),
-                chain=self.chain.id,
-                owner=owner,
-            )
-        )
-        try:
-            return await self._frozen(rundir)
-        finally:
-            await call(rundir.close)
-
-    def _uri(self, address: str | None, export: str, rundir: RunDir) -> str:
-        return unix_uri(rundir.socket, export) if address is None else with_export(address, export)
-
-    async def _frozen(self, rundir: RunDir) -> BackupResult:
         plans = [
             DiskPlan(
                 disk=one.disk,
@@ -333,16 +286,8 @@ class _Run:
         try:
             began = time.time()
             clock = time.monotonic()
-            async with freeze(
-                self.monitor,
-                self.names,
-                plans,
-                rundir,
-                guest_first=self.options.guest_first,
-                nbd_address=self.options.nbd_address,
-                uri_of=lambda address, export: self._uri(address, export, rundir),
-                on_lost=lambda _reason: self._stop(),
-            ) as frozen:
+            info = RunInfo(run=self.backup_id[:8], chain=self.chain.id)
+            async with self.source.freeze(info, plans, lambda _reason: self._stop()) as frozen:
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
             await call(self._seal)

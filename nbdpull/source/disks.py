@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-from nbdpull.errors import CommandError, SourceError, UsageError
+from nbdpull.errors import CommandError, SourceError
 from nbdpull.model.chain import BitmapState
+from nbdpull.source.base import Disk, Skipped
 from nbdpull.source.qmp import Monitor
 
-__all__ = ["Disk", "Skipped", "check_iothreads", "find_disks", "select_disks"]
+__all__ = ["QemuDisk", "check_iothreads", "find_disks"]
 
 # Nodes that show the same bytes at the same offsets as their child of that name. A job's filter
 # (commit, mirror) has its child as 'backing'.
@@ -60,40 +61,26 @@ _IOTHREADS_SAFE: Final = (9, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
-    """A disk that can be backed up.
+class QemuDisk(Disk):
+    """A disk of a running QEMU; its `name` is the device id, else the node's name, else the drive's.
 
     Attributes:
-        name: what the user calls it: device id, else node name, else drive name.
-        size: bytes.
         node: the format node, where its bitmaps are.
         top: the node that the guest device is attached to.
         top_driver: driver of `top`.
         driver: driver of `node`.
         qom_path: the guest device's path, None in a qemu-storage-daemon.
         persistent: whether bitmaps on it survive QEMU (qcow2 version 3 only).
-        bitmaps: by name.
         iothread: id or path of the iothread it runs in, or None.
     """
 
-    name: str
-    size: int
     node: str
     top: str
     top_driver: str
     driver: str
     qom_path: str | None
     persistent: bool
-    bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
     iothread: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
-    """A drive that is no disk to back up, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +215,8 @@ async def _iothread(monitor: Monitor, path: str | None) -> str | None:
     return None
 
 
-async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], list[Skipped]]:
-    disks: list[Disk] = []
+async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk], list[Skipped]]:
+    disks: list[QemuDisk] = []
     skipped: list[Skipped] = []
     threads = bool(await monitor.execute("query-iothreads"))
     for entry in await monitor.execute("query-block"):
@@ -255,7 +242,7 @@ async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], l
         else:
             described = graph.nodes[node]
             disks.append(
-                Disk(
+                QemuDisk(
                     name=name,
                     size=graph.size(node),
                     node=node,
@@ -271,9 +258,9 @@ async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], l
     return disks, skipped
 
 
-async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], list[Skipped]]:
+async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk], list[Skipped]]:
     """Disks of a qemu-storage-daemon: what no other node stands on."""
-    disks: list[Disk] = []
+    disks: list[QemuDisk] = []
     skipped: list[Skipped] = []
     try:
         objects = await monitor.execute("qom-list", {"path": "/objects"})
@@ -288,7 +275,7 @@ async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], li
             continue
         node = graph.format_node(top)
         disks.append(
-            Disk(
+            QemuDisk(
                 name=node,
                 size=graph.size(node),
                 node=node,
@@ -305,7 +292,7 @@ async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[Disk], li
     return disks, skipped
 
 
-async def find_disks(monitor: Monitor) -> tuple[list[Disk], list[Skipped]]:
+async def find_disks(monitor: Monitor) -> tuple[list[QemuDisk], list[Skipped]]:
     """All disks that could be backed up, and the drives that are none.
 
     Raises:
@@ -323,37 +310,9 @@ async def find_disks(monitor: Monitor) -> tuple[list[Disk], list[Skipped]]:
     return disks, skipped
 
 
-def select_disks(
-    disks: Sequence[Disk],
-    skipped: Sequence[Skipped],
-    *,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> list[Disk]:
-    """The disks that the user wants.
-
-    Raises:
-        UsageError: a name that no disk has, or nothing left.
-    """
-    known = {disk.name for disk in disks}
-    passed = {entry.name: entry.reason for entry in skipped}
-    for name in (*include, *exclude):
-        if name in known or (name in passed and name in exclude):
-            continue
-        if name in passed:
-            raise UsageError(f"drive '{name}' can't be backed up: {passed[name]}")
-        there = ", ".join(sorted(known)) or "none"
-        raise UsageError(f"the VM has no disk '{name}'; it has: {there}")
-    chosen = [
-        disk for disk in disks if (not include or disk.name in include) and disk.name not in exclude
-    ]
-    if not chosen:
-        detail = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped)
-        raise UsageError(f"no disk to back up{f' ({detail})' if detail else ''}")
-    return chosen
-
-
-def check_iothreads(disks: Sequence[Disk], version: tuple[int, int, int], *, force: bool) -> None:
+def check_iothreads(
+    disks: Sequence[QemuDisk], version: tuple[int, int, int], *, force: bool
+) -> None:
     """Refuse what a disconnecting NBD client would kill.
 
     Below QEMU 9.0 an export whose node runs in an iothread aborts the whole VM when its client goes

@@ -34,17 +34,15 @@ from nbdpull.errors import (
     PointInTimeLostError,
     SourceError,
 )
-from nbdpull.source.disks import Disk
+from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
+from nbdpull.source.disks import QemuDisk
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import RunDir
 
-__all__ = ["GRANULARITY", "DiskPlan", "PointInTime", "ServedDisk", "freeze"]
+__all__ = ["QemuPlan", "QemuPointInTime", "freeze"]
 
 log = logging.getLogger(__name__)
-
-GRANULARITY: Final = 65536
-"""Of every bitmap that we make: a grain of the repository, and a cluster of qcow2."""
 
 _CBW_TIMEOUT_S: Final = 45
 _GONE_S: Final = 30.0
@@ -55,49 +53,22 @@ _RESERVE: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiskPlan:
-    """What to freeze of one disk.
+class QemuPlan(DiskPlan):
+    """A plan for a disk of this QEMU."""
 
-    Attributes:
-        base: name of the bitmap that changes are counted from; None reads the whole disk.
-        checkpoint: name of the bitmap to start recording with; None for a copy.
-    """
-
-    disk: Disk
-    base: str | None
-    checkpoint: str | None
+    disk: QemuDisk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedDisk:
-    """One disk of a point in time as NBD clients reach it.
-
-    Attributes:
-        context: meta context of what changed, None when the whole disk is to be read.
-        uri: of its export.
-    """
-
-    disk: Disk
-    uri: str
-    context: str | None
-
-
-class PointInTime:
-    """A frozen view of disks. Made by `freeze`.
-
-    Attributes:
-        disks: in the order of the plans.
-        lost: set once, with the reason, when the view can't be read any more.
-        pause_s: how long the guest was stopped for it.
-    """
+class QemuPointInTime:
+    """See `PointInTime`. Made by `freeze`."""
 
     def __init__(
         self,
         monitor: Monitor,
         names: RunNames,
-        plans: Sequence[DiskPlan],
+        plans: Sequence[QemuPlan],
         rundir: RunDir,
-        on_lost: Callable[[PointInTimeLostError], None],
+        on_lost: OnLost,
     ) -> None:
         self._monitor = monitor
         self._names = names
@@ -222,7 +193,7 @@ class PointInTime:
                 self._rundir.mark_paused(paused=False)
                 self.pause_s = loop.time() - begin
 
-    async def _insert_filter(self, index: int, plan: DiskPlan) -> None:
+    async def _insert_filter(self, index: int, plan: QemuPlan) -> None:
         node = self._names.filter(index)
         options: dict[str, Any] = {
             "driver": "copy-before-write",
@@ -259,8 +230,8 @@ class PointInTime:
             )
             self._push_delete(node)
 
-    async def _serve(self, address: str | None, uri_of: Callable[[str | None, str], str]) -> None:
-        if address is None:
+    async def _serve(self, uri_of: Callable[[str], str], *, start_server: bool) -> None:
+        if start_server:
             path = self._rundir.socket
             try:
                 await self._monitor.execute(
@@ -290,7 +261,7 @@ class PointInTime:
                 context = f"qemu:dirty-bitmap:{self._names.bitmap}"
             await self._monitor.execute("block-export-add", arguments)
             self._push(f"removing export {export}", partial(self._end_export, export))
-            served.append(ServedDisk(disk=plan.disk, uri=uri_of(address, export), context=context))
+            served.append(ServedDisk(disk=plan.disk, uri=uri_of(export), context=context))
         self.disks = tuple(served)
 
     # -- watching it -------------------------------------------------------------------------------
@@ -401,14 +372,14 @@ class PointInTime:
 async def freeze(
     monitor: Monitor,
     names: RunNames,
-    plans: Sequence[DiskPlan],
+    plans: Sequence[QemuPlan],
     rundir: RunDir,
     *,
     guest_first: bool,
-    nbd_address: str | None,
-    uri_of: Callable[[str | None, str], str],
-    on_lost: Callable[[PointInTimeLostError], None],
-) -> AsyncIterator[PointInTime]:
+    start_server: bool,
+    uri_of: Callable[[str], str],
+    on_lost: OnLost,
+) -> AsyncIterator[QemuPointInTime]:
     """Freeze all disks at one moment and serve them; the context's end releases them.
 
     Args:
@@ -417,8 +388,8 @@ async def freeze(
         plans: the disks, and what of each.
         rundir: where scratch images and the NBD socket go.
         guest_first: mode C instead of mode B.
-        nbd_address: URI of the NBD server that runs in this QEMU; None starts one in the run's folder.
-        uri_of: builds an export's URI from (nbd_address, export name).
+        start_server: start an NBD server in the run's folder; else one runs in this QEMU already.
+        uri_of: the URI of an export, by its name.
         on_lost: called in the event loop when the view breaks while it is in use.
 
     When making it fails nothing of it is left, the bitmaps included. When the body fails only the
@@ -427,7 +398,7 @@ async def freeze(
     Raises:
         CommandError, SourceError: QEMU refused a step.
     """
-    frozen = PointInTime(monitor, names, plans, rundir, on_lost)
+    frozen = QemuPointInTime(monitor, names, plans, rundir, on_lost)
     unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
     watcher = None
     try:
@@ -437,7 +408,7 @@ async def freeze(
                 await frozen._freeze_guest_first()  # noqa: SLF001
             else:
                 await frozen._freeze_by_job()  # noqa: SLF001
-            await frozen._serve(nbd_address, uri_of)  # noqa: SLF001
+            await frozen._serve(uri_of, start_server=start_server)  # noqa: SLF001
         except BaseException:
             await frozen.release()
             for line in await frozen.discard():

@@ -10,43 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from nbdpull.errors import CommandError
+from nbdpull.source.base import Committed, LiveRun, Swept
 from nbdpull.source.names import checkpoint_parts, run_of
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import FoundRun, find_run, find_runs
 
-__all__ = ["Committed", "LiveRun", "Swept", "sweep"]
+__all__ = ["sweep"]
 
 log = logging.getLogger(__name__)
 
-Committed = Callable[[str, str], bool]
-"""Told a chain's id and a backup's id, whether that backup may be durable."""
-
 _WAIT_S: Final = 30.0
 _POLL_S: Final = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveRun:
-    """A run that is under way: its things were left alone."""
-
-    run: str
-    chain: str | None
-    pid: int | None
-
-
-@dataclass(slots=True, kw_only=True)
-class Swept:
-    """What `sweep` removed and what it left, a line each, and the runs that still live."""
-
-    removed: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    live: list[LiveRun] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -128,6 +128,12 @@ class RunDir:
         else:
             (self.path / "paused").unlink(missing_ok=True)
 
+    def remove_scratch(self) -> None:
+        """Remove the scratch images, once QEMU has let them go; never raises."""
+        for file in self.path.glob("disk*.raw"):
+            with suppress(OSError):
+                file.unlink()
+
     def close(self) -> None:
         """Remove the folder and let the lock go; never raises."""
         shutil.rmtree(self.path, ignore_errors=True)

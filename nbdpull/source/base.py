@@ -1,0 +1,211 @@
+"""What every kind of source offers: disks with their bitmaps, and points in time of them.
+
+    open_source(uri) -> Source -> disks(), sweep()
+                           |
+                        freeze(plans) -> PointInTime -> NBD exports, until the context ends
+                                             |
+                              confirm() when the backup is durable, discard() when it failed
+
+Nothing that an earlier backup relies on goes away before `confirm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from nbdpull.errors import PointInTimeLostError, UsageError
+from nbdpull.model.chain import BitmapState
+
+__all__ = [
+    "GRANULARITY",
+    "Committed",
+    "Disk",
+    "DiskPlan",
+    "LiveRun",
+    "OnLost",
+    "PointInTime",
+    "RunInfo",
+    "ServedDisk",
+    "Skipped",
+    "Source",
+    "Swept",
+    "select_disks",
+]
+
+GRANULARITY: Final = 65536
+"""Of every bitmap that we make, in bytes: a grain of the repository, and a cluster of qcow2."""
+
+Committed = Callable[[str, str], bool]
+"""Told a chain's id and a backup's id, whether that backup may be durable."""
+
+OnLost = Callable[[PointInTimeLostError], None]
+"""Called in the event loop when a point in time breaks while it is in use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A disk that can be backed up.
+
+    Attributes:
+        name: what the user calls it.
+        size: bytes.
+        bitmaps: its dirty bitmaps, by name.
+    """
+
+    name: str
+    size: int
+    bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A drive that is no disk to back up, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskPlan:
+    """What to freeze of one disk, one of those that the same source told.
+
+    Attributes:
+        base: name of the bitmap that changes are counted from; None reads the whole disk.
+        checkpoint: name of the bitmap to start recording with; None for a copy.
+    """
+
+    disk: Disk
+    base: str | None
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedDisk:
+    """One disk of a point in time as NBD clients reach it.
+
+    Attributes:
+        uri: of its export.
+        context: meta context of what changed, None when the whole disk is to be read.
+    """
+
+    disk: Disk
+    uri: str
+    context: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveRun:
+    """A run that is under way: its things were left alone."""
+
+    run: str
+    chain: str | None
+    pid: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Swept:
+    """What a sweep removed and what it left, a line each, and the runs that still live."""
+
+    removed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    live: list[LiveRun] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """The backup that a point in time is made for.
+
+    Attributes:
+        run: 8 hex digits, in the names of all that is made for it.
+        chain: 12 hex digits, the chain's id.
+    """
+
+    run: str
+    chain: str
+
+
+class PointInTime(Protocol):
+    """A frozen view of disks.
+
+    Attributes:
+        disks: in the order of the plans.
+        lost: set once, with the reason, when the view can't be read any more.
+        pause_s: how long the guest was stopped for it.
+    """
+
+    disks: tuple[ServedDisk, ...]
+    lost: PointInTimeLostError | None
+    pause_s: float
+
+    async def confirm(self, obsolete: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """The backup is durable: keep its checkpoints, drop what nothing is counted from any more.
+
+        Args:
+            obsolete: names of bitmaps, by disk name.
+
+        Returns:
+            What could not be removed; it does no harm but takes memory.
+        """
+
+    async def discard(self) -> tuple[str, ...]:
+        """The backup failed: drop its checkpoints. The older ones have recorded all along."""
+
+
+class Source(Protocol):
+    """An open source of disks: one VM, in whatever way it is reached."""
+
+    async def vm_name(self) -> tuple[str, str | None]:
+        """What the VM is called, and a warning where that is not unique."""
+
+    async def sweep(self, committed: Committed) -> Swept:
+        """Remove what runs that are no more left; see `nbdpull.source.leftovers`."""
+
+    async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[Disk]:
+        """The disks to back up.
+
+        Raises:
+            UsageError: a name that no disk has, or nothing left.
+            SourceError: a disk can't be backed up without danger.
+        """
+
+    def freeze(
+        self, info: RunInfo, plans: Sequence[DiskPlan], on_lost: OnLost
+    ) -> AbstractAsyncContextManager[PointInTime]:
+        """Freeze the disks of all plans at one moment and serve them; the context's end releases them.
+
+        When making it fails nothing of it is left, the bitmaps included. When the body fails only the
+        frozen view is ended: the caller decides about the bitmaps with `confirm` or `discard`, which
+        work as long as the source is open.
+        """
+
+
+def select_disks(
+    disks: Sequence[Disk],
+    skipped: Sequence[Skipped],
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> frozenset[str]:
+    """Names of the disks that the user wants.
+
+    Raises:
+        UsageError: a name that no disk has, or nothing left.
+    """
+    known = {disk.name for disk in disks}
+    passed = {entry.name: entry.reason for entry in skipped}
+    for name in (*include, *exclude):
+        if name in known or (name in passed and name in exclude):
+            continue
+        if name in passed:
+            raise UsageError(f"drive '{name}' can't be backed up: {passed[name]}")
+        there = ", ".join(sorted(known)) or "none"
+        raise UsageError(f"the VM has no disk '{name}'; it has: {there}")
+    chosen = frozenset(name for name in known if (not include or name in include))
+    chosen -= set(exclude)
+    if not chosen:
+        detail = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped)
+        raise UsageError(f"no disk to back up{f' ({detail})' if detail else ''}")
+    return chosen

@@ -1,0 +1,146 @@
+"""A running QEMU, or a qemu-storage-daemon, reached through its QMP monitor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from nbdpull.nbdio.connection import unix_uri, with_export
+from nbdpull.source.base import (
+    Committed,
+    DiskPlan,
+    OnLost,
+    PointInTime,
+    RunInfo,
+    Swept,
+    select_disks,
+)
+from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
+from nbdpull.source.fleecing import QemuPlan, freeze
+from nbdpull.source.leftovers import sweep
+from nbdpull.source.names import RunNames
+from nbdpull.source.qmp import Monitor
+from nbdpull.source.rundir import RunDir
+
+__all__ = ["QemuOptions", "QemuSource", "vm_name"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuOptions:
+    """How to freeze a point in time in a QEMU.
+
+    Attributes:
+        guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
+        nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
+        scratch: folder for scratch images; None for the system's temporary one.
+        force: also disks whose iothread makes a disconnect dangerous.
+    """
+
+    guest_first: bool = False
+    nbd_address: str | None = None
+    scratch: str | None = None
+    force: bool = False
+
+
+async def vm_name(monitor: Monitor) -> tuple[str, str | None]:
+    """What QEMU calls itself, and a warning where that is not unique.
+
+    A VM without ``-name`` goes by its UUID, a qemu-storage-daemon by its kind.
+    """
+    if monitor.storage_daemon:
+        return (
+            "qemu-storage-daemon",
+            "a qemu-storage-daemon has no name; give one with --vm to tell it from others",
+        )
+    named = await monitor.execute("query-name")
+    if named.get("name"):
+        return str(named["name"]), None
+    uuid = str((await monitor.execute("query-uuid"))["UUID"])
+    if set(uuid) <= {"0", "-"}:
+        return (
+            uuid,
+            "the VM has neither a name nor a UUID; give one with --vm to tell it from others",
+        )
+    return uuid, None
+
+
+class QemuSource:
+    """See `Source`. Its disks are `QemuDisk`."""
+
+    def __init__(self, monitor: Monitor, options: QemuOptions) -> None:
+        self._monitor = monitor
+        self._options = options
+        self._disks: dict[str, QemuDisk] = {}
+        self._rundirs: list[RunDir] = []
+
+    async def vm_name(self) -> tuple[str, str | None]:
+        """See `Source.vm_name`."""
+        return await vm_name(self._monitor)
+
+    async def sweep(self, committed: Committed) -> Swept:
+        """See `Source.sweep`."""
+        return await sweep(self._monitor, scratch=self._options.scratch, committed=committed)
+
+    async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[QemuDisk]:
+        """See `Source.disks`."""
+        disks, skipped = await find_disks(self._monitor)
+        wanted = select_disks(disks, skipped, include=include, exclude=exclude)
+        chosen = [disk for disk in disks if disk.name in wanted]
+        check_iothreads(chosen, self._monitor.version, force=self._options.force)
+        self._disks = {disk.name: disk for disk in chosen}
+        return chosen
+
+    @asynccontextmanager
+    async def freeze(
+        self, info: RunInfo, plans: Sequence[DiskPlan], on_lost: OnLost
+    ) -> AsyncIterator[PointInTime]:
+        """See `Source.freeze`."""
+        monitor = self._monitor
+        owner = None
+        if monitor.peer_uid is not None and monitor.peer_gid is not None:
+            owner = (monitor.peer_uid, monitor.peer_gid)
+        # Not in a thread: what a cancelled call had made there, nobody would remove.
+        rundir = RunDir.create(
+            self._options.scratch,
+            info.run,
+            source=str(monitor.address),
+            chain=info.chain,
+            owner=owner,
+        )
+        self._rundirs.append(rundir)
+        qemu_plans = [
+            QemuPlan(disk=self._disks[plan.disk.name], base=plan.base, checkpoint=plan.checkpoint)
+            for plan in plans
+        ]
+
+        def uri_of(export: str) -> str:
+            address = self._options.nbd_address
+            return (
+                unix_uri(rundir.socket, export) if address is None else with_export(address, export)
+            )
+
+        try:
+            async with freeze(
+                monitor,
+                RunNames(info.run),
+                qemu_plans,
+                rundir,
+                guest_first=self._options.guest_first,
+                start_server=self._options.nbd_address is None,
+                uri_of=uri_of,
+                on_lost=on_lost,
+            ) as frozen:
+                yield frozen
+        finally:
+            await asyncio.to_thread(rundir.remove_scratch)
+
+    async def close(self) -> None:
+        """Let the run's folder and lock go.
+
+        Not at the end of `freeze`: as long as its checkpoints are neither confirmed nor discarded, the run
+        lives, and nobody may sweep it.
+        """
+        for rundir in self._rundirs:
+            await asyncio.to_thread(rundir.close)
