@@ -1,0 +1,240 @@
+"""What was written once restores for ever, by nbdpull and by a reader that shares no code with it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from nbdpull.errors import UnsupportedFormatError
+from nbdpull.model.frame import ENTRY, Codec, FrameKind
+from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.results import Level
+from nbdpull.ops.restore import RestoreOptions, restore
+from nbdpull.ops.verify import VerifyOptions, verify
+from nbdpull.repo.repository import Repository
+from tests.ops.builder import Disk, add_backup
+from tests.ops.test_restore import flip, packs
+from tests.target.helpers import MIB, disk_bytes
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+RESCUE = ROOT / "scripts" / "rescue_reader.py"
+EXPECTED: dict[str, dict[str, list[object]]] = json.loads(
+    (FIXTURES / "format-1" / "expected.json").read_text()
+)
+
+
+@pytest.fixture
+def fixture(tmp_path: Path) -> Path:
+    """A copy: nothing may write to the original."""
+    return Path(shutil.copytree(FIXTURES / "format-1" / "repository", tmp_path / "format-1"))
+
+
+def data(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of the grains of a file that are not zero, without reading its holes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA) // GRAIN * GRAIN
+            except OSError:
+                return
+            end = -(-os.lseek(file.fileno(), start, os.SEEK_HOLE) // GRAIN) * GRAIN
+            for at in range(start, min(end, size), GRAIN):
+                file.seek(at)
+                raw = file.read(GRAIN)
+                if any(raw):
+                    yield at // GRAIN, raw
+
+
+def described(path: Path) -> list[object]:
+    """What `expected.json` says of a disk."""
+    digest = hashlib.sha256()
+    for number, raw in data(path):
+        digest.update(number.to_bytes(8, "little") + raw)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def rescue(
+    *arguments: object, python: tuple[str, ...] = (sys.executable,), folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*python, str(RESCUE), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={"PYTHONIOENCODING": "utf-8"} | ({"PYTHONPATH": str(folder)} if folder else {}),
+    )
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder with no other module than zstandard."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    package = zstandard.__file__
+    assert package is not None
+    (folder / "zstandard").symlink_to(Path(package).parent)
+    return folder
+
+
+@pytest.mark.parametrize("backup", EXPECTED)
+def test_what_format_1_wrote_restores(fixture: Path, tmp_path: Path, backup: str) -> None:
+    out = tmp_path / "out"
+    asyncio.run(restore(RestoreOptions(repository=str(fixture), backup=backup, to=str(out))))
+    assert {path.stem: described(path) for path in out.iterdir()} == EXPECTED[backup]
+
+
+def test_what_format_1_wrote_verifies(fixture: Path) -> None:
+    result = asyncio.run(verify(VerifyOptions(repository=str(fixture))))
+    assert result.ok
+    assert result.backups == tuple(EXPECTED)
+
+
+def test_the_fixture_has_every_case_of_the_format(fixture: Path) -> None:
+    repository = Repository.open(str(fixture))
+    cases: Counter[object] = Counter()
+    for path in packs(repository):
+        raw = path.read_bytes()
+        at = int.from_bytes(raw[-56:-48], "little")
+        directory = np.frombuffer(raw[at:-64], dtype=ENTRY)
+        cases.update((int(row["codec"]), int(row["kind"])) for row in directory)
+        cases["later pack"] += path.name != "00000000"
+    for summary in repository.summaries():
+        manifest = repository.manifest(summary)
+        reader = repository.reader(manifest)
+        cases[summary.disk_level] += 1
+        cases["session nobody needs"] += any(not ref.sid for ref in manifest.sessions)
+        for index, ref in enumerate(manifest.segments):
+            intervals = list(reader.segment(index))
+            cases["zero segment"] += ref is None
+            cases["shared frame"] += any(one.n < one.flen for one in intervals)
+            cases["shared later"] += any(one.skip > 0 for one in intervals)
+            cases["whole frame"] += any(one.n == one.flen == 16 for one in intervals)
+            cases["packs of several sessions"] += (
+                ref is not None and len({session for session, _ in ref.packs}) > 1
+            )
+            cases["second segment"] += index > 0
+            cases["short last grain"] += any(
+                index * SEGMENT + (one.start + one.n) * GRAIN > summary.size for one in intervals
+            )
+    # A map always packs: most of its bytes are zero.
+    wanted = {(codec, FrameKind.DATA) for codec in Codec} | {(Codec.ZSTD, FrameKind.MAP), *Level}
+    named = {key for key, count in cases.items() if isinstance(key, str) and count}
+    assert wanted <= {key for key, count in cases.items() if count}
+    assert {
+        "later pack",
+        "session nobody needs",
+        "zero segment",
+        "shared frame",
+        "shared later",
+        "whole frame",
+        "packs of several sessions",
+        "second segment",
+        "short last grain",
+    } <= named
+
+
+def test_an_unknown_mandatory_feature_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / "unknown-feature", tmp_path / "unknown"))
+    for write in (False, True):
+        with pytest.raises(UnsupportedFormatError, match=r"read feature 'tape_robot'.*newer"):
+            Repository.open(str(folder), write=write)
+    assert "of a kind not known here" in rescue(folder).stderr
+
+
+# -- the reader that shares no code ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backup", EXPECTED)
+def test_rescue_reader_restores_format_1(fixture: Path, tmp_path: Path, backup: str) -> None:
+    for disk, expected in EXPECTED[backup].items():
+        done = rescue(fixture, backup, disk, tmp_path / disk)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr.endswith("0 bytes are lost; every BLAKE3 was checked\n")
+        assert described(tmp_path / disk) == expected
+
+
+def test_rescue_reader_needs_zstandard_alone(fixture: Path, tmp_path: Path, bare: Path) -> None:
+    backup = list(EXPECTED)[-1]
+    script = f"import sys, runpy; sys.argv[1:] = {['-', str(fixture), backup, 'vda', str(tmp_path / 'out')]!r}[1:]"
+    script += f"\ntry: runpy.run_path({str(RESCUE)!r}, run_name='__main__')"
+    script += "\nexcept SystemExit as exc: code = exc.code"
+    script += "\nprint(code, *sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        ["/usr/bin/python3", "-S", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(bare)},
+    )
+    code, *modules = done.stdout.split()
+    assert code == "0"
+    assert "zstandard" in modules
+    assert not {"nbdpull", "blake3", "numpy", "cbor2"} & set(modules)
+    assert "without the module blake3" in done.stderr
+    assert described(tmp_path / "out") == EXPECTED[backup]["vda"]
+
+
+def test_rescue_reader_is_short_and_lists_what_there_is(fixture: Path) -> None:
+    assert len(RESCUE.read_text().splitlines()) < 300
+    assert "nbdpull." not in "".join(
+        line for line in RESCUE.read_text().splitlines() if "import" in line
+    )
+    done = rescue(fixture)
+    assert done.returncode == 0
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    assert lines == [backup for backup in EXPECTED for _ in range(2)]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository.create(str(tmp_path / "repo"))
+
+
+def test_rescue_reader_and_qemu_agree_with_a_raw_image(
+    repository: Repository, tmp_path: Path
+) -> None:
+    state = Disk.of(disk_bytes(9 * MIB + 1536, 3))
+    manifests = add_backup(repository, {"d": state})
+    for seed in range(3):
+        after = state.changed(seed)
+        manifests = add_backup(
+            repository, {"d": after}, before={"d": state}, parents=manifests, time=2000.0 + seed
+        )
+        state = after
+    backup = manifests["d"].summary.backup
+    done = rescue(repository.location, backup, "d", tmp_path / "out")
+    assert done.returncode == 0
+    want = state.write_to(tmp_path / "want")
+    compare = ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(want), str(tmp_path / "out")]
+    subprocess.run(compare, check=True, capture_output=True)
+
+
+def test_rescue_reader_names_what_is_lost_and_saves_the_rest(
+    repository: Repository, tmp_path: Path
+) -> None:
+    content = bytes(range(1, 256)) * (4 * MIB // 255 + 1)
+    disk = Disk.of(content[: 4 * MIB])
+    backup = add_backup(repository, {"d": disk})["d"].summary.backup
+    (pack,) = packs(repository)
+    flip(pack, 128 + 64 + 3)
+    done = rescue(repository.location, backup, "d", tmp_path / "out")
+    assert done.returncode == 1
+    assert f"lost: bytes 0 to {MIB}: " in done.stderr
+    assert f"{MIB} bytes are lost" in done.stderr
+    assert (tmp_path / "out").read_bytes() == bytes(MIB) + disk.content()[MIB:]
