@@ -19,7 +19,7 @@ import threading
 import time
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
 import nbd
 import numpy as np
@@ -44,12 +44,20 @@ _IN_FLIGHT_UNIX = 128 * 1024
 _IN_FLIGHT_TCP = 1024 * 1024
 _TICK_MS = 250
 _CONNECT_S = 10.0
+_CONNECT_TRIES = 6
+_CONNECT_PAUSE_S = 0.05
+"""QEMU drops a client that is silent for 10 s in the handshake, as one is that was stopped there; and a
+unix socket refuses with EAGAIN while more clients wait than its backlog holds."""
 _REPLY_S = 300.0
 """A guest's storage may stall for minutes (a failing disk, a busy SAN); longer than this is an error."""
 
 
 class Cancelled(Exception):
     """The owner asked this thread to stop."""
+
+
+class _DroppedError(NbdError):
+    """The server ended the connection in the middle of the handshake."""
 
 
 class ReplyError(NbdError):
@@ -72,7 +80,9 @@ def unix_uri(path: str, export: str = "") -> str:
 def with_export(uri: str, export: str) -> str:
     """The URI of another export of the same server."""
     parts = urlsplit(uri)
-    return urlunsplit(parts._replace(path="/" + quote(export, safe="")))
+    query = f"?{parts.query}" if parts.query else ""
+    # Not urlunsplit: it drops the empty host of nbd+unix:///, which libnbd insists on.
+    return f"{parts.scheme}://{parts.netloc}/{quote(export, safe='')}{query}"
 
 
 def is_unix(uri: str) -> bool:
@@ -128,14 +138,21 @@ class Connection:
             UsageError: libnbd does not understand the URI.
             NbdError: no connection, or a context was not granted.
         """
-        handle = _start(uri, contexts)
-        try:
-            _await_ready(handle, uri, cancel, timeout_s)
-            _check_contexts(handle, uri, contexts)
-            return cls(handle, uri, cancel)
-        except BaseException:
-            _shut(handle)
-            raise
+        for attempt in range(_CONNECT_TRIES):
+            handle = _start(uri, contexts)
+            try:
+                _await_ready(handle, uri, cancel, timeout_s)
+                _check_contexts(handle, uri, contexts)
+                return cls(handle, uri, cancel)
+            except _DroppedError:
+                _shut(handle)
+                if attempt == _CONNECT_TRIES - 1:
+                    raise
+                time.sleep(_CONNECT_PAUSE_S * 2**attempt)
+            except BaseException:
+                _shut(handle)
+                raise
+        raise AssertionError
 
     def __enter__(self) -> Self:
         return self
@@ -305,18 +322,23 @@ def _shut(handle: nbd.NBD) -> None:
 def _await_ready(
     handle: nbd.NBD, uri: str, cancel: threading.Event | None, timeout_s: float
 ) -> None:
-    deadline = time.monotonic() + timeout_s
+    # Time is counted in waits, not by the clock: a process that was stopped meanwhile has not waited.
+    waits = round(timeout_s * 1000 / _TICK_MS)
     try:
         while handle.aio_is_connecting():
             if cancel is not None and cancel.is_set():
                 raise Cancelled
-            if time.monotonic() > deadline:
+            if not handle.poll(_TICK_MS):
+                waits -= 1
+            if waits <= 0:
                 raise NbdError(
                     f"no answer from {uri} in {timeout_s:g} s; the server may have reached its"
                     " connection limit (max-connections), or hang"
                 )
-            handle.poll(_TICK_MS)
     except nbd.Error as exc:
+        # EINVAL: libnbd 1.14 leaves a connect that got EAGAIN in a state that it can't poll in.
+        if exc.errnum in {errno.EPIPE, errno.ECONNRESET, errno.EINVAL}:
+            raise _DroppedError(f"can't connect to {uri}: {exc}") from exc
         raise NbdError(f"can't connect to {uri}: {exc}") from exc
     if not handle.aio_is_ready():
-        raise NbdError(f"can't connect to {uri}: the server closed the connection")
+        raise _DroppedError(f"can't connect to {uri}: the server closed the connection")

@@ -175,8 +175,8 @@ def test_stopped_client_does_not_freeze_the_vm(
             kept = keeper.cleanup(vm.uri) if not monitor_is_taken(vm) else None
             assert kept is None or kept.kept
             client.send_signal(signal.SIGCONT)
-            output, _ = client.communicate(timeout=120)
-        assert client.returncode == 0
+            output, errors = client.communicate(timeout=120)
+        assert client.returncode == 0, errors.decode()
         result = json.loads(output)
         assert not any(vm.leftovers().values())
         restored = keeper.restore(result["backup"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def test_four_threads_fill_many_packs(
     monkeypatch.setattr(session_module, "FRAMES_PER_PACK", frames)
     session = begin(repository)
     count = 1200
-    contents = {i: grain(i, 16_384) + bytes(GRAIN - 16_384) for i in range(count)}
+    contents = {i: random.Random(i).randbytes(16_384) + bytes(GRAIN - 16_384) for i in range(count)}
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(lambda i: interval(session, i, contents[i]), range(count)))
     session.put_segment(0, Segment.of(rows))
@@ -312,8 +313,8 @@ def test_a_failed_write_is_told_and_nothing_is_committed(
 def test_a_failed_session_says_so_at_every_call(repository: Repository) -> None:
     store = Fails(repository._store.root)  # type: ignore[attr-defined]
     repository._store = store
-    session = full(repository)
     store.prefix = "d/"
+    session = full(repository)
     for _ in range(2):
         with pytest.raises(StoreError, match="no room"):
             session.seal()
