@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -31,6 +32,7 @@ __all__ = [
     "MAX_REQUEST",
     "Cancelled",
     "Connection",
+    "RefusedError",
     "ReplyError",
     "is_unix",
     "unix_uri",
@@ -58,6 +60,10 @@ class Cancelled(Exception):
 
 class _DroppedError(NbdError):
     """The server ended the connection in the middle of the handshake."""
+
+
+class RefusedError(NbdError):
+    """Nobody listens at that address."""
 
 
 class ReplyError(NbdError):
@@ -208,7 +214,8 @@ class Connection:
         """Fill `buffer` with the export's bytes from `offset` on.
 
         Raises:
-            ReplyError: the server refused one of the requests; `buffer` is undefined.
+            ReplyError: the server refused one of the requests; `buffer` is undefined, and nothing is
+                written into it any more.
             NbdError: the connection is lost.
             Cancelled: the owner's event was set.
         """
@@ -226,13 +233,23 @@ class Connection:
                 pending.append((cookie, at, length))
                 position += length
             cookie, at, length = pending.pop(0)
-            self._wait(cookie, "read", at, length)
+            try:
+                self._wait(cookie, "read", at, length)
+            except ReplyError:
+                # The caller may use the buffer again: what is still to come must not land in it then.
+                for other in pending:
+                    with suppress(ReplyError):
+                        self._wait(other[0], "read", *other[1:])
+                raise
 
-    def block_status(self, context: str, offset: int, length: int) -> NDArray[np.int64]:
+    def block_status(
+        self, context: str, offset: int, length: int, *, one: bool = False
+    ) -> NDArray[np.int64]:
         """One block status reply, as rows of (length, flags); the last row may reach past the request.
 
         `length` must be below 4 GiB. The rows cover the range from `offset` on without gaps, at
         least its first byte, possibly less than was asked for (NBD specification, NBD_CMD_BLOCK_STATUS).
+        With `one` the server sends the first extent alone (NBD_CMD_FLAG_REQ_ONE).
         """
         replies: list[list[int]] = []
 
@@ -241,7 +258,10 @@ class Connection:
                 replies.append(entries)
             return 0
 
-        cookie = self._issue("block status", self._nbd.aio_block_status, length, offset, extents)
+        flags = nbd.CMD_FLAG_REQ_ONE if one else 0
+        cookie = self._issue(
+            "block status", self._nbd.aio_block_status, length, offset, extents, None, flags
+        )
         self._wait(cookie, "block status", offset, length)
         if len(replies) != 1:
             raise NbdError(
@@ -295,8 +315,13 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
                 f"NBD address '{uri}' is not usable ({exc.string}); expected nbd://host:port/export"
                 " or nbd+unix:///export?socket=path"
             ) from exc
-        raise NbdError(f"can't connect to {uri}: {exc}") from exc
+        raise _unconnected(uri, exc) from exc
     return handle
+
+
+def _unconnected(uri: str, exc: nbd.Error) -> NbdError:
+    kind = RefusedError if exc.errnum == errno.ECONNREFUSED else NbdError
+    return kind(f"can't connect to {uri}: {exc}")
 
 
 def _check_contexts(handle: nbd.NBD, uri: str, contexts: tuple[str, ...]) -> None:
@@ -339,6 +364,6 @@ def _await_ready(
         # EINVAL: libnbd 1.14 leaves a connect that got EAGAIN in a state that it can't poll in.
         if exc.errnum in {errno.EPIPE, errno.ECONNRESET, errno.EINVAL}:
             raise _DroppedError(f"can't connect to {uri}: {exc}") from exc
-        raise NbdError(f"can't connect to {uri}: {exc}") from exc
+        raise _unconnected(uri, exc) from exc
     if not handle.aio_is_ready():
         raise _DroppedError(f"can't connect to {uri}: the server closed the connection")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nbdpull.errors import TargetError
-from nbdpull.nbdio.connection import Cancelled, unix_uri
+from nbdpull.nbdio.connection import Cancelled, RefusedError, unix_uri
 from nbdpull.target.base import Buffer
 from nbdpull.target.export import Export
 from nbdpull.target.flusher import Flusher
@@ -66,14 +66,7 @@ class Qcow2File:
             socket = str(Path(folder) / "nbd")
             self._process = self._start(socket, connections)
             cleanup.callback(self._stop)
-            self._wait_for(socket)
-            self._export = Export(
-                unix_uri(socket),
-                rounded,
-                cancel=cancel,
-                connections=connections,
-                blank=True,
-            )
+            self._export = self._connect(socket, rounded, connections)
             cleanup.callback(self._export.abort)
             self._flusher = Flusher(self._part.fd)
             cleanup.callback(self._flusher.stop)
@@ -110,15 +103,28 @@ class Qcow2File:
         except FileNotFoundError as exc:
             raise _missing("qemu-nbd") from exc
 
-    def _wait_for(self, socket: str) -> None:
+    def _connect(self, socket: str, size: int, connections: int) -> Export:
+        """Wait until qemu-nbd listens. Its socket is there a moment before it does."""
         deadline = time.monotonic() + _START_S
-        while not Path(socket).is_socket():
+        while True:
             if self._process.poll() is not None:
                 raise TargetError(f"qemu-nbd for '{self.name}' ended at once: {self._error()}")
             if self._cancel.is_set():
                 raise Cancelled
             if time.monotonic() > deadline:
                 raise TargetError(f"qemu-nbd for '{self.name}' did not start in {_START_S:g} s")
+            if Path(socket).is_socket():
+                try:
+                    return Export(
+                        unix_uri(socket),
+                        size,
+                        cancel=self._cancel,
+                        connections=connections,
+                        blank=True,
+                    )
+                except TargetError as exc:
+                    if not isinstance(exc.__cause__, RefusedError):
+                        raise
             time.sleep(_TICK_S)
 
     def _error(self) -> str:

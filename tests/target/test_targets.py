@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -126,6 +128,28 @@ def test_qcow2_is_identical_to_the_disk(tmp_path: Path, size: int, cancel: threa
     assert same(tmp_path / "want", path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert names(path.parent) == ["d.qcow2"]
+
+
+def test_server_whose_socket_is_there_before_it_listens_is_waited_for(
+    tmp_path: Path, cancel: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bind(2) makes the file and listen(2) comes later: a connection in between is refused."""
+    late = tmp_path / "qemu-nbd"
+    late.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, sys, time\n"
+        "path = next(a for a in sys.argv if a.startswith('--socket=')).split('=', 1)[1]\n"
+        "socket.socket(socket.AF_UNIX).bind(path)\n"
+        "time.sleep(0.3)\n"
+        "os.unlink(path)\n"
+        f"os.execv({shutil.which('qemu-nbd')!r}, sys.argv)\n"
+    )
+    late.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    disk = disk_bytes(MIB)
+    fill(Qcow2File(tmp_path / "d.qcow2", MIB, force=False, cancel=cancel), disk)
+    (tmp_path / "truth").write_bytes(disk)
+    assert same(tmp_path / "truth", tmp_path / "d.qcow2")
 
 
 def test_qcow2_keeps_zero_clusters_unallocated(tmp_path: Path, cancel: threading.Event) -> None:
