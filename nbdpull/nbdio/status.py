@@ -6,9 +6,15 @@
     long         |####|....|####|.............................|..... the last one reaches further
     same type    |####|####|....|                                neighbours that could be one
 
-A reader hands out exactly the range that is asked for, keeps what a reply said beyond it for the next
-call, and sizes its requests so that a reply stays small: an extent is 8 bytes on the wire, and a reply
-that a stopped client leaves on its socket must fit the socket's buffer (see `connection`).
+A reader hands out exactly the range that is asked for, and keeps what a reply said beyond it for the next
+call. It never asks for more than a socket's buffer holds, because a stopped client leaves the reply there
+(see `connection`), and how many extents will come can't be known before: 8 bytes each, in QEMU up to 1 MiB
+a reply. So it asks in one of two ways:
+
+    near         |<-- step -->|                            all extents; a step has no room for too many
+    far          |<------------- largest ------------->|   the first extent only: one, however long it is
+
+Far where the last answer was one extent all along (a thin disk's holes), near elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from nbdpull.nbdio.connection import Connection
 __all__ = ["Allocation", "Dirty", "StatusReader", "allocation_reader", "dirty_reader"]
 
 _MAX_LENGTH: Final = (4 << 30) - (64 << 10)
+_MAX_EXTENTS: Final = 8192
+"""In one reply: 64 KiB, half of what a unix socket was seen to hold without harm."""
+_SMALLEST: Final = 512
+"""Bytes of the smallest extent of ``base:allocation``: qcow2's smallest cluster, a disk's sector."""
 
 
 class Allocation(IntFlag):
@@ -43,43 +53,32 @@ class StatusReader:
     """Block status of one context of one connection, in rising order of offsets.
 
     Args:
-        step: bytes to ask for at first.
-        largest: bytes to ask for at most, once replies turn out short. Equal to `step` where a
-            reply's size is bounded by the step alone (a bitmap of known granularity).
+        smallest: bytes of the smallest extent there can be; by it a reply has at most 64 KiB.
         strict: never ask past the range that is read: a point in time that shows changed ranges
             only answers anything else with EINVAL.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        context: str,
-        *,
-        step: int,
-        largest: int,
-        strict: bool = False,
+        self, connection: Connection, context: str, *, smallest: int, strict: bool = False
     ) -> None:
         self._strict = strict
         self._connection = connection
         self._context = context
-        self._smallest = step
-        self._step = step
-        self._largest = min(largest, _MAX_LENGTH)
+        self._step = min(_MAX_EXTENTS * smallest, _MAX_LENGTH)
+        self._far = False
         self._start = 0
         self._ends: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._flags: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def _fetch(self, offset: int, end: int) -> None:
-        limit = end if self._strict else self._connection.size
-        length = min(self._step, limit - offset)
-        rows = self._connection.block_status(self._context, offset, length)
+        left = (end if self._strict else self._connection.size) - offset
+        far = self._far and left > self._step
+        length = min(_MAX_LENGTH if far else self._step, left)
+        rows = self._connection.block_status(self._context, offset, length, one=far)
         self._start = offset
         self._ends = offset + np.cumsum(rows[:, 0])
         self._flags = rows[:, 1]
-        if len(rows) > 4096:
-            self._step = max(self._smallest, self._step // 4)
-        elif len(rows) < 512:
-            self._step = min(self._largest, self._step * 2)
+        self._far = len(rows) == 1 and bool(rows[0, 0] >= self._step)
 
     def read(
         self, start: int, end: int
@@ -109,16 +108,13 @@ class StatusReader:
         return np.concatenate(starts), np.concatenate(ends), np.concatenate(flags)
 
 
-def dirty_reader(connection: Connection, context: str) -> StatusReader:
-    """A reader of a dirty bitmap of 64 KiB granularity: 512 MiB a request is at most 64 KiB of reply."""
-    return StatusReader(connection, context, step=512 << 20, largest=512 << 20)
+def dirty_reader(
+    connection: Connection, context: str, *, granularity: int = 64 * 1024
+) -> StatusReader:
+    """A reader of a dirty bitmap: no extent is smaller than the bitmap's granularity."""
+    return StatusReader(connection, context, smallest=granularity)
 
 
 def allocation_reader(connection: Connection, *, strict: bool) -> StatusReader:
-    """A reader of ``base:allocation``: extents can be as small as the server's 4 KiB blocks.
-
-    32 MiB a request is at most 64 KiB of reply; longer ones only while replies are short.
-    """
-    return StatusReader(
-        connection, "base:allocation", step=32 << 20, largest=1 << 30, strict=strict
-    )
+    """A reader of ``base:allocation``."""
+    return StatusReader(connection, "base:allocation", smallest=_SMALLEST, strict=strict)
