@@ -39,6 +39,7 @@ def _json(result: ShowResult) -> Json:
         "changed_bytes": result.changed_bytes,
         "read_bytes": result.read_bytes,
         "stored_bytes": result.stored_bytes,
+        "reused_bytes": result.reused_bytes,
         "compression": None if ratio is None else round(ratio, 3),
         "lineage": to_json(result.lineage),
         "lineage_end": result.lineage_end,
@@ -63,6 +64,7 @@ def _text(result: ShowResult) -> str:
                 ("changed", format_size(result.changed_bytes)),
                 ("read", format_size(result.read_bytes)),
                 ("stored", format_size(result.stored_bytes)),
+                ("reused", format_size(result.reused_bytes)),
                 ("compression", "-" if ratio is None else f"{ratio:.2f} to 1 (read to stored)"),
             ]
         ),

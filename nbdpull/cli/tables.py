@@ -77,7 +77,7 @@ def block(pairs: Iterable[tuple[str, str]]) -> str:
 def disk_table(disks: Iterable[DiskInfo]) -> str:
     """A backup's disks: what was read, why, and what that came to."""
     return table(
-        ["disk", ">size", "level", ">changed", ">read", ">stored", "why"],
+        ["disk", ">size", "level", ">changed", ">read", ">stored", ">reused", "why"],
         [
             [
                 disk.name,
@@ -86,6 +86,7 @@ def disk_table(disks: Iterable[DiskInfo]) -> str:
                 format_size(disk.changed_bytes),
                 format_size(disk.read_bytes),
                 format_size(disk.stored_bytes),
+                format_size(disk.reused_bytes),
                 disk.reason,
             ]
             for disk in disks

@@ -72,6 +72,7 @@ class Summary:
         level: of the backup; `disk_level` is what was read of this disk.
         checkpoint: the bitmap that records from this backup on, None for a copy.
         full_checkpoint: the bitmap of the disk's last full, for differentials.
+        reused_bytes: of the disk's data read, what the repository had already and was not stored again.
         siblings: (disk id, session) of each disk of the backup, this one included.
         tool: what wrote it.
     """
@@ -96,6 +97,7 @@ class Summary:
     stored_bytes: int
     siblings: tuple[tuple[DiskId, SessionId], ...]
     tool: str
+    reused_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,8 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
         stored_bytes=_int(fields, "stored_bytes"),
         siblings=tuple(map(_sibling, _list(fields.get("siblings")))),
         tool=_text(fields, "tool"),
+        # Written by nobody before it was counted.
+        reused_bytes=_int(fields, "reused_bytes") if "reused_bytes" in fields else 0,
     )
 
 

@@ -51,6 +51,7 @@ class DiskInfo:
         changed_bytes: bytes that the source called changed (a full: the whole disk).
         read_bytes: bytes read over NBD.
         stored_bytes: bytes added to the repository.
+        reused_bytes: bytes read that the repository had already: not stored again.
     """
 
     name: str
@@ -60,6 +61,7 @@ class DiskInfo:
     changed_bytes: int
     read_bytes: int
     stored_bytes: int
+    reused_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +191,11 @@ class ShowResult:
     def stored_bytes(self) -> int:
         """Bytes added to the repository."""
         return sum(disk.stored_bytes for disk in self.backup.disks)
+
+    @property
+    def reused_bytes(self) -> int:
+        """Bytes read that the repository had already."""
+        return sum(disk.reused_bytes for disk in self.backup.disks)
 
     @property
     def compression(self) -> float | None:

@@ -139,6 +139,22 @@ class Segment:
         """Every pack referred to."""
         return Packs.distinct(self._rows[:, 2:4])
 
+    def whole_frames(self, kinds: Kinds) -> list[Interval]:
+        """Intervals that show a frame from its first to its last grain, all of them DATA in `kinds`."""
+        start, n, skip, flen = (
+            self._rows[:, 0],
+            self._rows[:, 1],
+            self._rows[:, 6],
+            self._rows[:, 7],
+        )
+        data = np.concatenate(([0], np.cumsum(kinds == Kind.DATA)))
+        end = start + n
+        inside = end <= len(kinds)
+        ends = np.minimum(end, len(kinds))
+        wanted = inside & (skip == 0) & (n == flen)
+        wanted &= data[ends] - data[np.minimum(start, len(kinds))] == n
+        return [Interval(*row) for row in self._rows[wanted].tolist()]
+
     def overlay(self, kinds: Kinds, new: Sequence[Interval]) -> Segment:
         """This segment with the changes of a later point in time.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nbdpull.errors import (
@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 __all__ = ["BackupOptions", "backup"]
 
 
+_TRIED = 3
+"""Earlier backups that are tried when their manifests are damaged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackupOptions:
     """What to back up, where to, and how.
@@ -87,11 +91,16 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chosen:
-    """One disk and what is to be done with it."""
+    """One disk and what is to be done with it.
+
+    Attributes:
+        like: an earlier backup that a disk which is read in full is compared with.
+    """
 
     disk: Disk
     decision: Decision
     parent: Manifest | None
+    like: Manifest | None
     checkpoint: str | None
 
 
@@ -100,6 +109,8 @@ class _Chain:
 
     def __init__(self, repository: Repository, vm: str, chain: str) -> None:
         self.repository = repository
+        self.vm = vm
+        self.chain = chain
         self.id = chain_id(repository.id, vm, chain)
         self._all: dict[str, Backup] = {found.id: found for found in repository.backups()}
         self._manifests: dict[str, Manifest] = {}
@@ -167,6 +178,24 @@ class _Chain:
         )
         parent = self.manifest(disk.name, decision.base) if decision.base else None
         return decision, parent
+
+    def like(self, disk: Disk) -> Manifest | None:
+        """An earlier backup of the disk, of this chain where there is one, to compare a full with."""
+        if not self.repository.reuses:
+            return None
+        candidates = [
+            (found.chain == self.chain, found.time, summary)
+            for found in self._all.values()
+            if found.vm == self.vm and found.complete
+            for summary in found.disks
+            if (summary.disk, summary.size) == (disk.name, disk.size)
+        ]
+        for _, _, summary in sorted(candidates, key=lambda one: one[:2], reverse=True)[:_TRIED]:
+            try:
+                return self.repository.manifest(summary)
+            except DamagedError:
+                continue
+        return None
 
     def full_checkpoint(self, disk: str) -> str | None:
         """The bitmap that a differential of this disk would be counted from."""
@@ -237,11 +266,19 @@ async def backup(
         chosen = []
         for disk in disks:
             decision, parent = await call(chain.choose, disk, options.level)
+            like = await call(chain.like, disk) if parent is None else None
+            if like is not None:
+                reason = (
+                    f"{decision.reason}; what backup {like.summary.backup} has is not stored again"
+                )
+                decision = replace(decision, reason=reason)
             checkpoint = None
             if decision.level is not Level.COPY:
                 checkpoint = checkpoint_name(chain.id, backup_id)
             chosen.append(
-                _Chosen(disk=disk, decision=decision, parent=parent, checkpoint=checkpoint)
+                _Chosen(
+                    disk=disk, decision=decision, parent=parent, like=like, checkpoint=checkpoint
+                )
             )
             say(f"disk {disk.name}: {decision.level}, {decision.reason}")
         return await _Run(options, source, repository, chain, vm, backup_id, chosen, progress).go()
@@ -307,6 +344,7 @@ class _Run:
                 vm=self.vm,
                 disk=one.disk.name,
                 parent=one.parent,
+                like=one.like,
                 compression_level=self.options.compression_level,
             )
             self.sessions.append(session)
@@ -378,6 +416,7 @@ class _Run:
                     changed_bytes=done.counts.changed,
                     read_bytes=done.counts.read,
                     stored_bytes=session.stored_bytes,
+                    reused_bytes=session.reused_bytes,
                     siblings=siblings,
                     tool=f"nbdpull {__version__}",
                 )
@@ -449,6 +488,7 @@ class _Run:
                     changed_bytes=summary.changed_bytes,
                     read_bytes=summary.read_bytes,
                     stored_bytes=summary.stored_bytes,
+                    reused_bytes=summary.reused_bytes,
                 )
                 for summary in summaries
             ),

@@ -84,6 +84,7 @@ def backup_info(backup: Backup, names: Mapping[DiskId, str]) -> BackupInfo:
                 changed_bytes=summary.changed_bytes,
                 read_bytes=summary.read_bytes,
                 stored_bytes=summary.stored_bytes,
+                reused_bytes=summary.reused_bytes,
             )
             for summary in summaries
         ),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,7 +39,7 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.threads import in_thread, run_all, worker_count
-from nbdpull.repo.repository import DiskReader, Session
+from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 
 __all__ = ["DiskPull", "PullCounts", "pull"]
 
@@ -90,6 +91,8 @@ class _SegmentWork:
     kinds: Kinds
     intervals: list[Interval]
     open_batches: int
+    known: Sequence[KnownFrame] = ()
+    """What an earlier backup has at these places, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ class _Meter:
                         "read_bytes": disk.counts.read,
                         "changed_bytes": disk.counts.changed,
                         "stored_bytes": disk.session.stored_bytes,
+                        "reused_bytes": disk.session.reused_bytes,
                     },
                 )
             )
@@ -278,6 +282,8 @@ class _Pull:
                 changed = _plan_changed(kinds, dirty, allocation, base, end)
             work = _SegmentWork(disk, index, kinds, [], 0)
             batches = _batches(work)
+            if batches:
+                work.known = disk.session.known(index, kinds)
             to_read = sum(n for batch in batches for _, n in batch.runs) * GRAIN
             self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
             if changed and not batches:
@@ -319,6 +325,22 @@ class _Pull:
             self._finish(work)
 
     def _store(self, work: _SegmentWork, first: int, raw: memoryview) -> None:
+        """Keep a run of grains: what an earlier backup has at this place is only referred to."""
+        grains = -(-len(raw) // GRAIN)
+        at = 0
+        begin = bisect_left(work.known, first, key=_start)
+        for known in work.known[begin : bisect_left(work.known, first + grains, key=_start)]:
+            start = (known.start - first) * GRAIN
+            end = start + known.length
+            if end % GRAIN and end != len(raw):
+                continue  # it ends where the disk ended then; now the disk goes on
+            if work.disk.session.refer(known, raw[start:end]):
+                self._store_new(work, first + at // GRAIN, raw[at:start])
+                self._add(work, known.start, known.found)
+                at = end
+        self._store_new(work, first + at // GRAIN, raw[at:])
+
+    def _store_new(self, work: _SegmentWork, first: int, raw: memoryview) -> None:
         """Keep the frame without the zero grains at its edges; nothing when it is all zero."""
         begin, end = 0, len(raw)
         while begin < end and _is_zero(raw[begin : begin + GRAIN]):
@@ -327,17 +349,18 @@ class _Pull:
             return
         while _is_zero(raw[(end - 1) // GRAIN * GRAIN : end]):
             end = (end - 1) // GRAIN * GRAIN
-        ref = work.disk.session.put(raw[begin:end])
-        grains = -(-(end - begin) // GRAIN)
+        self._add(work, first + begin // GRAIN, work.disk.session.put(raw[begin:end]))
+
+    def _add(self, work: _SegmentWork, start: int, found: Found) -> None:
         interval = Interval(
-            start=first + begin // GRAIN,
-            n=grains,
-            session=ref.session,
-            seq=ref.seq,
-            offset=ref.offset,
-            clen=ref.clen,
+            start=start,
+            n=found.grains,
+            session=found.session,
+            seq=found.seq,
+            offset=found.offset,
+            clen=found.clen,
             skip=0,
-            flen=grains,
+            flen=found.grains,
         )
         with self.lock:
             work.intervals.append(interval)
@@ -348,6 +371,10 @@ class _Pull:
         before = disk.parent.segment(work.index) if disk.parent is not None else Segment.empty()
         work.intervals.sort(key=lambda interval: interval.start)
         disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
+
+
+def _start(known: KnownFrame) -> int:
+    return known.start
 
 
 def _is_zero(view: memoryview) -> bool:

@@ -100,16 +100,27 @@ class DiskReader:
 
         return self._tables.get((session, number), load)
 
-    def _place(self, session: int, seq: int) -> PackPlace:
+    def pack_place(self, session: int, seq: int) -> PackPlace:
+        """Size of a pack, and where its directory is.
+
+        Raises:
+            DamagedError: the index is not what was written.
+        """
         number = seq // PACKS_PER_INDEX
         table = self._table(session, number)
         key = self._index_key(session, number)
         with _damage(f"session index {key}", key):
             return table.place(seq)
 
-    def _directory(self, session: int, seq: int) -> Directory:
+    def directory(self, session: int, seq: int) -> Directory:
+        """The frames of a pack.
+
+        Raises:
+            DamagedError: the index is not what was written.
+        """
+
         def load() -> tuple[Directory, int]:
-            place = self._place(session, seq)
+            place = self.pack_place(session, seq)
             key = self._index_key(session, seq // PACKS_PER_INDEX)
             with _damage(f"directory of pack {seq} at {key}:{place.offset}", key, place.offset):
                 raw = self._store.get_range(key, place.offset, place.length)
@@ -132,7 +143,7 @@ class DiskReader:
         Raises:
             DamagedError: they are not what was written.
         """
-        directory = self._directory(session, seq)
+        directory = self.directory(session, seq)
         key = self.key(session, seq)
         with _damage(f"frame at {key}:{offset}", key, offset):
             expected = directory.find(offset)
@@ -197,8 +208,8 @@ class DiskReader:
             DamagedError: a byte is not what was written.
         """
         key = self.key(session, seq)
-        place = self._place(session, seq)
-        directory = self._directory(session, seq)
+        place = self.pack_place(session, seq)
+        directory = self.directory(session, seq)
         with _damage(f"header of pack {key}", key, 0):
             header = PackHeader.decode(self._store.get_range(key, 0, PACK_HEADER_SIZE))
             own = self.manifest.sessions[session].sid
@@ -225,7 +236,7 @@ class DiskReader:
         needed: dict[int, dict[str, int]] = {}
         for session, seq in self.packs():
             try:
-                size = self._place(session, seq).size
+                size = self.pack_place(session, seq).size
             except DamagedError as exc:
                 missing[exc.key] = None
             else:

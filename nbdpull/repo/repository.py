@@ -45,10 +45,20 @@ from nbdpull.model.results import Level
 from nbdpull.repo.local import LocalStore, sync_folder, told
 from nbdpull.repo.probe import PROBE, probe
 from nbdpull.repo.reader import DiskReader
+from nbdpull.repo.reuse import Found, KnownFrame, PackListing, Reuse, ReuseSource
 from nbdpull.repo.session import Session
+from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
 
-__all__ = ["Backup", "DiskReader", "ParentGoneError", "Repository", "Session"]
+__all__ = [
+    "Backup",
+    "DiskReader",
+    "Found",
+    "KnownFrame",
+    "ParentGoneError",
+    "Repository",
+    "Session",
+]
 
 _CONFIG: Final = "nbdpull.json"
 _HEAD_READ: Final = 16 << 10
@@ -296,12 +306,27 @@ class Repository:
         return DiskReader(self._store, manifest)
 
     def begin(
-        self, *, vm: str, disk: str, parent: Manifest | None, compression_level: int = 1
+        self,
+        *,
+        vm: str,
+        disk: str,
+        parent: Manifest | None,
+        like: Manifest | None = None,
+        compression_level: int = 1,
     ) -> Session:
-        """Begin to write one disk of a backup; `parent` is what unchanged ranges are taken from.
+        """Begin to write one disk of a backup.
 
-        The intent is on record before the parent is looked at: from then on a collector spares what
-        the parent needs.
+        The intent is on record before an earlier backup is looked at: from then on a collector spares
+        what that one needs.
+
+        Args:
+            vm: whose disk it is.
+            disk: its name.
+            parent: what unchanged ranges are taken from.
+            like: an earlier backup of the disk, which a full is compared with: what it has at the same
+                place is not stored again. By default the parent. Passed over when it is being
+                forgotten.
+            compression_level: of zstd.
 
         Raises:
             ParentGoneError: the parent is being forgotten; begin again without it.
@@ -309,9 +334,8 @@ class Repository:
         """
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         own = disk_id(vm, disk)
-        pins = []
-        if parent is not None:
-            pins.append(f"{parent.summary.disk_id}/{parent.summary.session}")
+        like = (like or parent) if self.reuses else None
+        pins = list(dict.fromkeys(_pin(one) for one in (parent, like) if one is not None))
         intent = {
             "role": "backup",
             "disk": own,
@@ -320,11 +344,15 @@ class Repository:
             "time": time.time(),
         }
         self._store.create(f"s/{sid}", json.dumps(intent).encode())
-        for pin in pins:
-            if self._there(f"t/{pin}") or not self._there(f"m/{pin}"):
-                raise ParentGoneError(
-                    f"the backup that was to be built on, m/{pin}, is being forgotten"
-                )
+        alive = {pin for pin in pins if self._there(f"m/{pin}") and not self._there(f"t/{pin}")}
+        if parent is not None and _pin(parent) not in alive:
+            raise ParentGoneError(
+                f"the backup that was to be built on, m/{_pin(parent)}, is being forgotten"
+            )
+        table = SessionTable(parent.sessions if parent is not None else (), sid)
+        source = None
+        if like is not None and _pin(like) in alive:
+            source = ReuseSource(self._store, like, table, PackListing(self._store))
         return Session(
             self._store,
             repository=self.id,
@@ -332,7 +360,17 @@ class Repository:
             disk_id=own,
             parent=parent,
             compression_level=compression_level,
+            table=table,
+            reuse=Reuse(source),
         )
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a session may refer to what others stored, beyond what it is built on.
+
+        Not where `create` can't be trusted: then nothing keeps a collector from what is pinned.
+        """
+        return "single_writer" not in self.config.features.get("write", ())
 
     def _there(self, key: str) -> bool:
         try:
@@ -340,6 +378,11 @@ class Repository:
         except KeyMissingError:
             return False
         return True
+
+
+def _pin(manifest: Manifest) -> str:
+    """How an intent names a manifest."""
+    return f"{manifest.summary.disk_id}/{manifest.summary.session}"
 
 
 def _group(backup: BackupId, summaries: Iterable[Summary]) -> Backup:

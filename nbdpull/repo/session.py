@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -31,22 +32,22 @@ from nbdpull.model.frame import (
     PackHeader,
     encode_footer,
 )
-from nbdpull.model.grain import FRAME_MAX, GRAIN, segment_count
+from nbdpull.model.grain import FRAME_MAX, GRAIN, Kinds, segment_count
 from nbdpull.model.ids import DiskId, SessionId
 from nbdpull.model.index import FRAMES_PER_PACK, PACKS_PER_INDEX, Directory, encode_index
 from nbdpull.model.manifest import (
     MANIFEST_MAX,
-    UNUSED,
     Manifest,
     SegmentRef,
-    SessionRef,
     Summary,
     register_kind,
 )
 from nbdpull.model.segment import Segment
+from nbdpull.repo.reuse import Found, KnownFrame, Reuse
+from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import KeyExistsError, Store, Upload
 
-__all__ = ["FrameRef", "Session"]
+__all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,17 +57,6 @@ _COMMIT_WITHIN_S: Final = 30 * 86400.0
 """A collector may forget after a year that it revoked a session: long before, nobody may commit it."""
 
 _Buffer = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRef:
-    """Where a frame was put. `grains` counts a short last one."""
-
-    session: int
-    seq: int
-    offset: int
-    clen: int
-    grains: int
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +92,7 @@ class Session:
         index: its place among the manifest's sessions.
         disk_id: names the disk.
         stored_bytes: added to the repository so far.
+        reused_bytes: of disk data that the repository had already.
     """
 
     def __init__(
@@ -113,6 +104,8 @@ class Session:
         disk_id: DiskId,
         parent: Manifest | None,
         compression_level: int,
+        table: SessionTable | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         self._store = store
         self._repository = repository
@@ -132,15 +125,36 @@ class Session:
         self._failure: BaseException | None = None
         self._abandoned = False
         self._sealed = False
-        self.index = len(parent.sessions) if parent is not None else 0
+        self._table = table or SessionTable(parent.sessions if parent is not None else (), sid)
+        self._reuse = reuse or Reuse()
+        self.index = self._table.own
         self.id = sid
         self.disk_id = disk_id
         self.stored_bytes = 0
+        self.reused_bytes = 0
 
     # -- frames ------------------------------------------------------------------------------------
 
-    def put(self, raw: _Buffer, kind: FrameKind = FrameKind.DATA) -> FrameRef:
+    def known(self, index: int, kinds: Kinds) -> Sequence[KnownFrame]:
+        """What an earlier backup has inside the DATA grains of segment `index`: see `Reuse.known`."""
+        return self._reuse.known(index, kinds)
+
+    def refer(self, known: KnownFrame, raw: _Buffer) -> bool:
+        """Whether `raw` is what `known` holds; the caller then refers to it and stores nothing."""
+        if len(raw) != known.length or blake3(raw).digest() != known.digest:
+            return False
+        self._count_reused(len(raw))
+        return True
+
+    def _count_reused(self, length: int) -> None:
+        with self._lock:
+            self.reused_bytes += length
+
+    def put(self, raw: _Buffer, kind: FrameKind = FrameKind.DATA) -> Found:
         """Store one frame of at most 1 MiB; `raw` may be reused when this returns.
+
+        A frame of disk data that the repository has already is not stored again, where the session
+        was given a way to find it.
 
         Raises:
             StoreError: this or an earlier pack could not be written.
@@ -148,7 +162,9 @@ class Session:
         if not 0 < len(raw) <= FRAME_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes can't be")
         digest = blake3(raw).digest()
-        # A frame that is in the repository already, found by its digest, would be answered here.
+        if kind is FrameKind.DATA and (found := self._reuse.find(digest, len(raw))) is not None:
+            self._count_reused(len(raw))
+            return found
         codec, payload = self._compress(raw)
         pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
         try:
@@ -158,7 +174,7 @@ class Session:
             raise
         finally:
             self._leave(pack)
-        return FrameRef(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
+        return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
 
     def _compress(self, raw: _Buffer) -> tuple[Codec, _Buffer]:
         compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
@@ -400,28 +416,17 @@ class Session:
 
     def _manifest(self, summary: Summary) -> Manifest:
         before: tuple[SegmentRef | None, ...] = ()
-        known: list[SessionRef] = []
         if self._parent is not None:
             if self._parent.summary.size != summary.size:
                 # Its last grain may be short, and its segments other ones.
                 raise ValueError(f"the parent's disk had {self._parent.summary.size} bytes")
-            known += self._parent.sessions
             before = self._parent.segments
-        known.append(SessionRef(self.id, tuple(sorted(self._indexes.items()))))
         segments: list[SegmentRef | None] = list(before) or [None] * segment_count(summary.size)
         for index, ref in self._segments.items():
             segments[index] = ref
-        manifest = Manifest(summary, self._repository, tuple(known), tuple(segments))
-        needed: dict[int, set[int]] = {}
-        for session, seq in manifest.packs():
-            needed.setdefault(session, set()).add(seq // PACKS_PER_INDEX)
-        sessions = tuple(
-            SessionRef(ref.sid, tuple(item for item in ref.index if item[0] in needed[place]))
-            if place in needed
-            else UNUSED
-            for place, ref in enumerate(known)
-        )
-        return Manifest(summary, self._repository, sessions, tuple(segments))
+        manifest = Manifest(summary, self._repository, (), tuple(segments))
+        sessions = self._table.finished(self._indexes, manifest.packs())
+        return replace(manifest, sessions=sessions)
 
     def abandon(self) -> None:
         """Give up: nothing more is put. What is durable already stays for the collector.

@@ -110,6 +110,7 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
                     "changed_bytes": 3 << 20,
                     "read_bytes": 2 << 20,
                     "stored_bytes": 1 << 20,
+                    "reused_bytes": 0,
                 },
                 {
                     "name": "vdb",
@@ -119,6 +120,7 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
                     "changed_bytes": 3 << 20,
                     "read_bytes": 2 << 20,
                     "stored_bytes": 1 << 20,
+                    "reused_bytes": 0,
                 },
             ],
             "warnings": [],
@@ -130,9 +132,9 @@ def test_backup_for_people_says_why(cli: Cli, replace: Replace) -> None:
     done = cli("backup", "qmp:/s", "-r", "x")
     assert done.stdout.splitlines() == [
         "backup aaaaaaaaaaaaaaaa of web: incremental, 2 disks, 4.2 s",
-        "disk      size  level         changed      read    stored  why",
-        "vda   1.00 GiB  incremental  3.00 MiB  2.00 MiB  1.00 MiB  changes since the last backup",
-        "vdb   1.00 GiB  full         3.00 MiB  2.00 MiB  1.00 MiB  it is new",
+        "disk      size  level         changed      read    stored  reused  why",
+        "vda   1.00 GiB  incremental  3.00 MiB  2.00 MiB  1.00 MiB     0 B  changes since the last backup",
+        "vdb   1.00 GiB  full         3.00 MiB  2.00 MiB  1.00 MiB     0 B  it is new",
     ]
     assert cli("backup", "qmp:/s", "-r", "x", "-q").stdout == ""
 

@@ -1,0 +1,171 @@
+"""Frames that the repository has already: found again, checked, and referred to.
+
+A frame is referred to only when all of this holds:
+
+    its manifest is pinned     on record in the session's intent before it was seen to be alive: no
+                               collector takes its packs away meanwhile
+    its pack is listed         with its size, in this run
+    its digest is vouched for  manifest -> index table -> pack directory, read in this run
+
+What was found where is only a hint until then; so a hint that is old or wrong costs a little time and
+nothing else. No frame's payload is read for it: a writer that must not read old data can reuse it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdpull.errors import DamagedError
+from nbdpull.model.frame import FrameHeader, FrameKind
+from nbdpull.model.grain import GRAIN, Kinds
+from nbdpull.model.ids import SessionId
+from nbdpull.model.index import PACKS_PER_INDEX
+from nbdpull.model.manifest import Manifest
+from nbdpull.repo.reader import DiskReader
+from nbdpull.repo.sessiontable import SessionTable
+from nbdpull.repo.store import Store
+
+__all__ = ["Found", "KnownFrame", "PackListing", "Reuse", "ReuseSource"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A frame in the repository that may be referred to.
+
+    Attributes:
+        session: its place in the table of the manifest being made.
+        grains: counts a short last one.
+    """
+
+    session: int
+    seq: int
+    offset: int
+    clen: int
+    grains: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFrame:
+    """A frame that an earlier backup has at this place of the disk.
+
+    Attributes:
+        start: first grain in the segment.
+        length: bytes that it unpacks to.
+    """
+
+    start: int
+    length: int
+    digest: bytes
+    found: Found
+
+
+class PackListing:
+    """Which packs the store lists: asked once in this run for each session that comes up."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._sizes: dict[SessionId, dict[str, int]] = {}
+
+    def has(self, sid: SessionId, seq: int, size: int) -> bool:
+        """Whether the pack is there with that size."""
+        with self._lock:
+            sizes = self._sizes.get(sid)
+            if sizes is None:
+                sizes = {entry.key: entry.size for entry in self._store.list(f"d/{sid}")}
+                self._sizes[sid] = sizes
+        return sizes.get(f"d/{sid}/{seq:08x}") == size
+
+
+class ReuseSource:
+    """One pinned manifest, as a witness of frames. May be used by many threads."""
+
+    def __init__(
+        self, store: Store, manifest: Manifest, table: SessionTable, listing: PackListing
+    ) -> None:
+        self.reader = DiskReader(store, manifest)
+        self._manifest = manifest
+        self._table = table
+        self._listing = listing
+
+    def refer(self, session: int, seq: int, offset: int) -> tuple[FrameHeader, Found] | None:
+        """The data frame there, or None when it can't be referred to.
+
+        `session` is a place in *this* manifest's table; the pack must be one that it refers to.
+        """
+        ref = self._manifest.sessions[session]
+        number = seq // PACKS_PER_INDEX
+        digest = dict(ref.index).get(number)
+        try:
+            size = self.reader.pack_place(session, seq).size
+            header = self.reader.directory(session, seq).find(offset)
+        except (DamagedError, ValueError) as exc:
+            _log.debug("a frame of session %s is not reused: %s", ref.sid, exc)
+            return None
+        if digest is None or header.kind is not FrameKind.DATA:
+            return None
+        if not self._listing.has(ref.sid, seq, size):
+            _log.debug("pack d/%s/%08x is not listed as it was written", ref.sid, seq)
+            return None
+        place = self._table.place(ref.sid, number, digest)
+        if place is None:
+            return None
+        return header, Found(place, seq, offset, header.clen, -(-header.rlen // GRAIN))
+
+
+class FrameFinder(Protocol):
+    """Finds frames by what they hold."""
+
+    def find(self, digest: bytes, length: int) -> Found | None:
+        """A frame with that digest that unpacks to `length` bytes, fit to be referred to."""
+
+
+class Reuse:
+    """What one session may refer to instead of storing it again.
+
+    Args:
+        like: the backup whose frames are looked at first, place by place; None for none.
+        finders: are asked by digest, in this order.
+    """
+
+    def __init__(
+        self, like: ReuseSource | None = None, finders: Sequence[FrameFinder] = ()
+    ) -> None:
+        self._like = like
+        self._finders = finders
+
+    def known(self, index: int, kinds: Kinds) -> list[KnownFrame]:
+        """Whole frames of the earlier backup that lie inside the DATA grains of segment `index`.
+
+        They are sorted and don't overlap. A frame that was partly overwritten is not among them: its
+        digest says nothing about the part.
+        """
+        like = self._like
+        if like is None or index >= len(like.reader.manifest.segments):
+            return []
+        try:
+            intervals = like.reader.segment(index).whole_frames(kinds)
+        except DamagedError as exc:
+            _log.debug("nothing of segment %d is reused: %s", index, exc)
+            return []
+        known = []
+        for one in intervals:
+            referred = like.refer(one.session, one.seq, one.offset)
+            if referred is not None and referred[1].grains == one.flen:
+                header, found = referred
+                known.append(KnownFrame(one.start, header.rlen, header.digest, found))
+        return known
+
+    def find(self, digest: bytes, length: int) -> Found | None:
+        """A frame with that digest and length from anywhere."""
+        for finder in self._finders:
+            found = finder.find(digest, length)
+            if found is not None:
+                return found
+        return None
