@@ -20,11 +20,12 @@ __all__ = ["CONFIG_MAX", "FORMAT", "Config"]
 FORMAT: Final = 1
 CONFIG_MAX: Final = 64 << 10
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
-    "read": frozenset(),
+    "read": frozenset({"encrypted"}),
     "write": frozenset({"single_writer"}),
     "gc": frozenset({"single_writer"}),
 }
 _SUITES: Final = {"digest": "blake3-256", "cipher": "none"}
+_SUITES_ENCRYPTED: Final = {"digest": "blake3-256-keyed", "cipher": "aes-256-gcm"}
 _ID_CHECK_DIGITS: Final = 16
 _T = TypeVar("_T")
 
@@ -47,6 +48,23 @@ class Config:
     )
     suites: Mapping[str, str] = field(default_factory=lambda: dict(_SUITES))
     capabilities: Mapping[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def new(cls, own: str, capabilities: Mapping[str, bool], *, encrypted: bool) -> Config:
+        """The settings of a new repository."""
+        if not encrypted:
+            return cls(id=own, capabilities=capabilities)
+        return cls(
+            id=own,
+            features={"read": ("encrypted",), "write": (), "gc": ()},
+            suites=dict(_SUITES_ENCRYPTED),
+            capabilities=capabilities,
+        )
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether everything in it but the settings is encrypted."""
+        return "encrypted" in self.features.get("read", ())
 
     def encode(self) -> bytes:
         """The object's bytes."""
@@ -103,8 +121,9 @@ class Config:
             for feature in self.features.get(concern, ()):
                 if feature not in _KNOWN[concern]:
                     return f"{concern} feature '{feature}'"
-        for name in (*_SUITES, *self.suites):
-            if _SUITES.get(name) != self.suites.get(name):
+        suites = _SUITES_ENCRYPTED if self.encrypted else _SUITES
+        for name in (*suites, *self.suites):
+            if suites.get(name) != self.suites.get(name):
                 return f"{name} suite '{self.suites.get(name)}'"
         return None
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import zstandard
@@ -21,12 +21,16 @@ from blake3 import blake3
 from nbdpull.model.grain import FRAME_MAX
 
 __all__ = [
+    "ENCRYPTED",
     "ENTRY",
     "FOOTER_SIZE",
     "HEADER_SIZE",
     "PACK_HEADER_SIZE",
+    "TAG_SIZE",
+    "Buffer",
     "Codec",
     "FormatError",
+    "FrameCipher",
     "FrameHeader",
     "FrameKind",
     "PackHeader",
@@ -34,6 +38,9 @@ __all__ = [
     "encode_footer",
     "open_frame",
 ]
+
+
+Buffer = bytes | bytearray | memoryview
 
 
 class FormatError(ValueError):
@@ -66,6 +73,10 @@ _FOOTER_MAGIC: Final = b"NBDPEND1"
 FOOTER_SIZE: Final = 64
 _CRC: Final = 4
 
+ENCRYPTED: Final = 1
+"""The suite of cipher, key derivation and digest of encrypted packs: see `sealing`."""
+TAG_SIZE: Final = 16
+
 ENTRY: Final = np.dtype(
     [
         ("offset", "<u4"),
@@ -94,7 +105,8 @@ class FrameHeader:
         clen: bytes of the payload.
         rlen: bytes it unpacks to, at most 1 MiB.
         number: of the frame in its pack; the nonce where packs are encrypted.
-        digest: BLAKE3-256 of the unpacked bytes.
+        digest: BLAKE3-256 of the unpacked bytes; in an encrypted pack, whose header must not tell it,
+            the cipher's tag stands in its place.
     """
 
     clen: int
@@ -118,6 +130,10 @@ class FrameHeader:
             0,
         )
         return _sealed(packed, HEADER_SIZE)
+
+    def with_digest(self, digest: bytes) -> FrameHeader:
+        """The same with 32 other bytes there."""
+        return replace(self, digest=digest)
 
     @classmethod
     def decode(cls, raw: bytes) -> FrameHeader:
@@ -143,13 +159,29 @@ class FrameHeader:
         return header
 
 
-def open_frame(stored: bytes, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor) -> bytes:
+class FrameCipher(Protocol):
+    """The keys of an encrypted pack."""
+
+    def open_frame(self, stored: bytes, header: FrameHeader) -> bytes:
+        """The payload of a stored frame whose header, as stored, is `header`."""
+
+    def digest(self, raw: Buffer) -> bytes:
+        """The keyed digest of a frame's unpacked bytes."""
+
+
+def open_frame(
+    stored: bytes,
+    expected: FrameHeader,
+    unpacker: zstandard.ZstdDecompressor,
+    keys: FrameCipher | None = None,
+) -> bytes:
     """The bytes that a stored frame (header and payload) holds, hashed and compared.
 
     Args:
         stored: what the store gave.
         expected: the frame as the session index, which the manifest vouches for, describes it.
         unpacker: of the calling thread.
+        keys: of the pack; None where nothing is encrypted.
 
     Raises:
         FormatError: these are not the bytes that were written.
@@ -157,19 +189,20 @@ def open_frame(stored: bytes, expected: FrameHeader, unpacker: zstandard.ZstdDec
     size = HEADER_SIZE + expected.clen
     if len(stored) != size:
         raise FormatError(f"it has {len(stored)} bytes, expected {size}: its pack is cut")
-    if FrameHeader.decode(stored[:HEADER_SIZE]) != expected:
+    header = FrameHeader.decode(stored[:HEADER_SIZE])
+    if (header if keys is None else header.with_digest(expected.digest)) != expected:
         raise FormatError("its header does not fit the session's index")
-    payload = memoryview(stored)[HEADER_SIZE:]
+    payload: Buffer = memoryview(stored)[HEADER_SIZE:]
+    if keys is not None:
+        payload = keys.open_frame(stored, header)
     raw = bytes(payload) if expected.codec is Codec.RAW else _unpack(payload, expected, unpacker)
-    digest = blake3(raw).digest()
+    digest = blake3(raw).digest() if keys is None else keys.digest(raw)
     if len(raw) != expected.rlen or digest != expected.digest:
         raise FormatError(f"it hashes to {digest.hex()}, the index says {expected.digest.hex()}")
     return raw
 
 
-def _unpack(
-    payload: memoryview, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor
-) -> bytes:
+def _unpack(payload: Buffer, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor) -> bytes:
     try:
         # zstandard allocates what the frame claims: look at the claim first.
         claimed = zstandard.frame_content_size(payload)
@@ -186,6 +219,8 @@ class PackHeader:
 
     Attributes:
         suite: cipher; 0 is none, and then `salt` and `commitment` are zero.
+        salt: random; the pack's keys are made with it.
+        commitment: what only the pack's keys have.
     """
 
     seq: int
@@ -227,8 +262,10 @@ class PackHeader:
             raise FormatError(f"pack begins with {magic!r}, expected {_PACK_MAGIC!r}")
         if _sealed(raw[: _PACK.size], PACK_HEADER_SIZE) != raw or zero:
             raise FormatError("pack header does not match its CRC")
-        if version != _PACK_VERSION or suite:
-            raise FormatError(f"pack has version {version} and suite {suite}, expected 1 and 0")
+        if version != _PACK_VERSION or suite not in {0, ENCRYPTED}:
+            raise FormatError(
+                f"pack has version {version} and suite {suite}, expected 1 and 0 or {ENCRYPTED}"
+            )
         return cls(seq, repository, session, suite, salt, commitment)
 
 
@@ -240,8 +277,8 @@ def encode_footer(digest: bytes, offset: int, count: int) -> bytes:
     return body + zlib.crc32(body).to_bytes(_CRC, "little") + _FOOTER_MAGIC
 
 
-def decode_footer(raw: bytes, size: int) -> tuple[int, int, bytes]:
-    """Offset, count and BLAKE3 of the directory of a pack of `size` bytes.
+def decode_footer(raw: bytes, size: int, suite: int = 0) -> tuple[int, int, bytes]:
+    """Offset, count and BLAKE3 of the directory, as stored, of a pack of `size` bytes.
 
     Raises:
         FormatError: the pack is cut or damaged.
@@ -251,6 +288,7 @@ def decode_footer(raw: bytes, size: int) -> tuple[int, int, bytes]:
     offset, count, digest, _, _ = _FOOTER.unpack(raw[-_FOOTER.size :])
     if raw != encode_footer(digest, offset, count):
         raise FormatError("pack has no footer, or its CRC is wrong")
-    if offset + count * ENTRY.itemsize + FOOTER_SIZE != size:
+    tag = TAG_SIZE if suite else 0
+    if offset + count * ENTRY.itemsize + tag + FOOTER_SIZE != size:
         raise FormatError(f"pack of {size} bytes has a directory of {count} entries at {offset}")
     return offset, count, digest

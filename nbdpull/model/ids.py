@@ -31,9 +31,12 @@ def make_session_id(ms: int, random10: bytes) -> SessionId:
     return SessionId((ms & ((1 << 48) - 1)).to_bytes(6, "big").hex() + random10.hex())
 
 
-def disk_id(vm: str, disk: str) -> DiskId:
-    """The id of a VM's disk: BLAKE3 of both names, each led by its length."""
-    digest = blake3()
+def disk_id(vm: str, disk: str, key: bytes | None = None) -> DiskId:
+    """The id of a VM's disk: BLAKE3 of both names, each led by its length.
+
+    With `key` (32 bytes) it is keyed: without it nobody can try names until one fits.
+    """
+    digest = blake3() if key is None else blake3(key=key)
     for part in (vm, disk):
         raw = part.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(4, "little"))

@@ -4,6 +4,9 @@
     `--- BLAKE3 in the manifest ------'                  ^
                          `--- BLAKE3 of each directory --'
 
+Where the repository is encrypted the session's keys, sealed, stand between head and table, the table and
+each directory are ciphertext, and the digests are of that.
+
 So a reader proves one directory by reading that and the table, at most 200 KiB, wherever in the index it
 is. A disk that many sessions wrote to is read in an order that has one pack of each session in use at a
 time: all these directories fit in memory where all their indexes would not.
@@ -25,6 +28,7 @@ from nbdpull.model.frame import (
     FOOTER_SIZE,
     HEADER_SIZE,
     PACK_HEADER_SIZE,
+    TAG_SIZE,
     Codec,
     FormatError,
     FrameHeader,
@@ -32,6 +36,14 @@ from nbdpull.model.frame import (
 )
 from nbdpull.model.grain import FRAME_MAX
 from nbdpull.model.ids import SessionId
+from nbdpull.model.sealing import (
+    ENVELOPE_MAX,
+    SALT_SIZE,
+    SEAL_OVERHEAD,
+    KeyOpener,
+    PackKeys,
+    SessionKeys,
+)
 
 __all__ = [
     "FRAMES_PER_PACK",
@@ -47,8 +59,20 @@ PACKS_PER_INDEX: Final = 64
 FRAMES_PER_PACK: Final = 4096
 _HEAD: Final = struct.Struct("<8s16sII")
 _MAGIC: Final = b"NBDPIDX1"
-_ROW: Final = np.dtype([("seq", "<u4"), ("frames", "<u4"), ("size", "<u8"), ("digest", "V32")])
-TABLE_MAX: Final = _HEAD.size + PACKS_PER_INDEX * _ROW.itemsize
+_SEALED_MAGIC: Final = b"NBDPIDX2"
+_ENVELOPE_LENGTH: Final = 4
+_FIELDS: Final = [("seq", "<u4"), ("frames", "<u4"), ("size", "<u8"), ("digest", "V32")]
+_ROW: Final = np.dtype(_FIELDS)
+_SEALED_ROW: Final = np.dtype([*_FIELDS, ("salt", f"V{SALT_SIZE}")])
+_PURPOSE: Final = b"index"
+TABLE_MAX: Final = (
+    _HEAD.size
+    + _ENVELOPE_LENGTH
+    + ENVELOPE_MAX
+    + SEAL_OVERHEAD
+    + PACKS_PER_INDEX * _SEALED_ROW.itemsize
+)
+"""More than head and table ever take."""
 _PACK_SIZE_MAX: Final = 1 << 32  # frames are found by a 32-bit offset
 
 
@@ -58,12 +82,14 @@ class Directory:
     Attributes:
         entries: an array of `ENTRY`.
         end: where the last frame ends, and the directory begins in the pack.
+        keys: of the pack; None where nothing is encrypted.
     """
 
-    __slots__ = ("_offsets", "end", "entries")
+    __slots__ = ("_offsets", "end", "entries", "keys")
 
-    def __init__(self, entries: NDArray[np.void]) -> None:
+    def __init__(self, entries: NDArray[np.void], keys: PackKeys | None = None) -> None:
         self.entries = entries
+        self.keys = keys
         self._offsets = np.ascontiguousarray(entries["offset"])
         last = entries[-1] if len(entries) else None
         self.end = PACK_HEADER_SIZE
@@ -78,7 +104,8 @@ class Directory:
     @property
     def pack_size(self) -> int:
         """Bytes of the whole pack."""
-        return self.end + self.entries.nbytes + FOOTER_SIZE
+        tag = 0 if self.keys is None else TAG_SIZE
+        return self.end + self.entries.nbytes + tag + FOOTER_SIZE
 
     def find(self, offset: int) -> FrameHeader:
         """The frame at `offset`, as the session wrote it.
@@ -100,8 +127,9 @@ class Directory:
         )
 
     def encode(self) -> bytes:
-        """48 bytes a frame."""
-        return self.entries.tobytes()
+        """The stored form: 48 bytes a frame, and a tag where they are encrypted."""
+        raw = self.entries.tobytes()
+        return raw if self.keys is None else self.keys.seal_directory(raw)
 
     @classmethod
     def decode(cls, raw: bytes, place: PackPlace) -> Directory:
@@ -114,6 +142,8 @@ class Directory:
             raise FormatError(f"directory has {len(raw)} bytes, expected {place.length}")
         if blake3(raw).digest() != place.digest:
             raise FormatError("directory does not hash to what the index's table says")
+        if place.keys is not None:
+            raw = place.keys.open_directory(raw)
         entries = np.frombuffer(raw, dtype=ENTRY)
         offset = entries["offset"].astype(np.int64)
         clen = entries["clen"].astype(np.int64)
@@ -128,7 +158,7 @@ class Directory:
             & (entries["kind"] <= max(FrameKind))
             & (entries["zero"] == 0)
         )
-        directory = cls(entries)
+        directory = cls(entries, place.keys)
         if not sound.all() or directory.pack_size != place.size:
             raise FormatError("directory has frames that can't be")
         return directory
@@ -140,20 +170,28 @@ class PackPlace(NamedTuple):
     Attributes:
         size: of the pack in bytes.
         offset, length: of its directory in the index object.
-        digest: BLAKE3 of the directory.
+        digest: BLAKE3 of the directory as stored.
+        keys: of the pack; None where nothing is encrypted.
     """
 
     size: int
     offset: int
     length: int
     digest: bytes
+    keys: PackKeys | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexTable:
-    """The packs of one index object."""
+    """The packs of one index object.
+
+    Attributes:
+        keys: of the session; None where nothing is encrypted.
+    """
 
     _rows: NDArray[np.void]
+    _end: int
+    keys: SessionKeys | None = None
 
     def place(self, seq: int) -> PackPlace:
         """Where the directory of pack `seq` is.
@@ -165,16 +203,26 @@ class IndexTable:
         if at >= len(self._rows) or int(self._rows[at]["seq"]) != seq:
             raise FormatError(f"no pack {seq}")
         row: Any = self._rows[at]
-        before = int(self._rows["frames"][:at].sum(dtype=np.int64))
+        before = int(self._rows["frames"][:at].sum(dtype=np.int64)) * ENTRY.itemsize
+        tag = 0 if self.keys is None else TAG_SIZE
         return PackPlace(
             size=int(row["size"]),
-            offset=_HEAD.size + self._rows.nbytes + before * ENTRY.itemsize,
-            length=int(row["frames"]) * ENTRY.itemsize,
+            offset=self._end + before + at * tag,
+            length=int(row["frames"]) * ENTRY.itemsize + tag,
             digest=bytes(row["digest"]),
+            keys=None if self.keys is None else self.keys.pack(seq, bytes(row["salt"])),
         )
 
     @classmethod
-    def decode(cls, raw: bytes, *, sid: SessionId, number: int, digest: bytes) -> IndexTable:
+    def decode(
+        cls,
+        raw: bytes,
+        *,
+        sid: SessionId,
+        number: int,
+        digest: bytes,
+        open_keys: KeyOpener | None = None,
+    ) -> IndexTable:
         """The table that an index object begins with.
 
         Args:
@@ -182,23 +230,33 @@ class IndexTable:
             sid: the session it is of.
             number: of the index in the session.
             digest: BLAKE3 of head and table, from the manifest.
+            open_keys: opens the session's keys; None where nothing is encrypted.
 
         Raises:
             FormatError: these are not the bytes that the manifest vouches for.
+            WrongKeyError: they are encrypted with another key.
         """
         if len(raw) < _HEAD.size:
             raise FormatError(f"session index has {len(raw)} bytes, expected {_HEAD.size} or more")
         magic, owner, own_number, count = _HEAD.unpack_from(raw)
-        end = _HEAD.size + count * _ROW.itemsize
-        if magic != _MAGIC or owner.hex() != sid or own_number != number:
+        if magic != (_MAGIC if open_keys is None else _SEALED_MAGIC):
+            raise FormatError(f"session index begins with {magic!r}")
+        if owner.hex() != sid or own_number != number:
             raise FormatError(f"it is no index {number} of session {sid}")
+        begin, end = _table_bounds(raw, count, sealed=open_keys is not None)
         if not 0 < count <= PACKS_PER_INDEX or end > len(raw):
             raise FormatError(f"session index of {len(raw)} bytes or more claims {count} packs")
         if blake3(raw[:end]).digest() != digest:
             raise FormatError(
                 f"its table hashes to {blake3(raw[:end]).hexdigest()}, the manifest says {digest.hex()}"
             )
-        rows = np.frombuffer(raw, dtype=_ROW, count=count, offset=_HEAD.size)
+        keys = None
+        if open_keys is None:
+            rows = np.frombuffer(raw, dtype=_ROW, count=count, offset=begin)
+        else:
+            keys = open_keys(raw[_HEAD.size + _ENVELOPE_LENGTH : begin])
+            table = keys.open(_PURPOSE, raw[begin:end], raw[:begin])
+            rows = np.frombuffer(table, dtype=_SEALED_ROW)
         seq = rows["seq"].astype(np.int64)
         sound = (
             (seq // PACKS_PER_INDEX == number)
@@ -208,19 +266,51 @@ class IndexTable:
         )
         if not sound.all() or (np.diff(seq) <= 0).any():
             raise FormatError("session index has packs that can't be")
-        return cls(rows)
+        return cls(rows, end, keys)
+
+
+def _table_bounds(raw: bytes, count: int, *, sealed: bool) -> tuple[int, int]:
+    """Where the stored table of so many packs begins and ends."""
+    begin = _HEAD.size
+    if not sealed:
+        return begin, begin + count * _ROW.itemsize
+    envelope = int.from_bytes(raw[begin : begin + _ENVELOPE_LENGTH], "little")
+    if envelope > ENVELOPE_MAX:
+        raise FormatError(f"session index claims {envelope} bytes of keys")
+    begin += _ENVELOPE_LENGTH + envelope
+    return begin, begin + count * _SEALED_ROW.itemsize + SEAL_OVERHEAD
 
 
 def encode_index(
-    sid: SessionId, number: int, packs: Mapping[int, Directory]
+    sid: SessionId,
+    number: int,
+    packs: Mapping[int, Directory],
+    keys: SessionKeys | None = None,
 ) -> tuple[bytes, bytes]:
-    """An index object, and the BLAKE3 of its head and table for the manifest."""
-    rows = np.zeros(len(packs), dtype=_ROW)
+    """An index object, and the BLAKE3 of its head and table for the manifest.
+
+    Args:
+        sid: the session.
+        number: of the index in the session.
+        packs: their directories; with `keys` each has keys of its own.
+        keys: of the session; None where nothing is encrypted.
+    """
+    rows = np.zeros(len(packs), dtype=_ROW if keys is None else _SEALED_ROW)
     directories = []
     for at, (seq, directory) in enumerate(sorted(packs.items())):
         raw = directory.encode()
-        digest = np.frombuffer(blake3(raw).digest(), dtype="V32")[0]
-        rows[at] = (seq, len(directory.entries), directory.pack_size, digest)
+        row: Any = rows[at]
+        row["seq"], row["frames"] = seq, len(directory.entries)
+        row["size"] = directory.pack_size
+        row["digest"] = np.frombuffer(blake3(raw).digest(), dtype="V32")[0]
+        if directory.keys is not None:
+            row["salt"] = np.frombuffer(directory.keys.salt, dtype=f"V{SALT_SIZE}")[0]
         directories.append(raw)
-    top = _HEAD.pack(_MAGIC, bytes.fromhex(sid), number, len(packs)) + rows.tobytes()
+    magic = _MAGIC if keys is None else _SEALED_MAGIC
+    top = _HEAD.pack(magic, bytes.fromhex(sid), number, len(packs))
+    if keys is None:
+        top += rows.tobytes()
+    else:
+        top += len(keys.envelope).to_bytes(_ENVELOPE_LENGTH, "little") + keys.envelope
+        top += keys.seal(_PURPOSE, rows.tobytes(), top)
     return top + b"".join(directories), blake3(top).digest()

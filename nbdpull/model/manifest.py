@@ -2,6 +2,10 @@
 
     | head 80 | summary (CBOR) | body (CBOR, zstd) | BLAKE3 of all before 32 |
 
+Where the repository is encrypted:
+
+    | head 80 | envelope | summary, sealed | body, sealed | BLAKE3 of all before 32 |
+
 `list` needs the summaries only, so they stand first, with a digest of their own. The body holds a
 reference for each 1 GiB segment, and for each session that these refer to the digests of its index
 tables: so the trailer authenticates every byte below. Numbers stand in columns (`columns.py`).
@@ -21,10 +25,11 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from nbdpull.model.columns import pack_columns, unpack_columns
-from nbdpull.model.frame import FormatError
+from nbdpull.model.frame import ENCRYPTED, FormatError
 from nbdpull.model.grain import segment_count
 from nbdpull.model.ids import BackupId, DiskId, SessionId, is_hex
 from nbdpull.model.results import Level
+from nbdpull.model.sealing import ENVELOPE_MAX, SEAL_OVERHEAD, KeyOpener, SessionKeys
 from nbdpull.model.segment import Packs
 
 __all__ = [
@@ -40,14 +45,17 @@ __all__ = [
     "summary_end",
 ]
 
-_HEAD: Final = struct.Struct("<8sHHIII16s32s8s")
-HEAD_SIZE: Final = _HEAD.size
+_PLACE: Final = struct.Struct("<8sHHIII16s")
+_AFTER: Final = struct.Struct("<32sII")
+HEAD_SIZE: Final = _PLACE.size + _AFTER.size
 _MAGIC: Final = b"NBDPMAN1"
 _VERSION: Final = 1
 _TRAILER: Final = 32
 _SUMMARY_MAX: Final = 1 << 20
 _BODY_MAX: Final = 128 << 20  # 16 TiB after 365 incrementals that touch every segment: about 50 MB
-MANIFEST_MAX: Final = HEAD_SIZE + _SUMMARY_MAX + _BODY_MAX + _TRAILER
+MANIFEST_MAX: Final = HEAD_SIZE + ENVELOPE_MAX + _SUMMARY_MAX + _BODY_MAX + _TRAILER
+_SUMMARY: Final = b"summary"
+_BODY: Final = b"manifest"
 
 # What a register holds when it is no manifest.
 _REVOKED: Final = b"NBDPREV1"
@@ -157,31 +165,44 @@ class Manifest:
         maps = np.array([(ref.session, ref.seq) for ref in refs], dtype=np.uint32).reshape(-1, 2)
         return Packs.distinct(np.concatenate([maps, *(ref.packs.rows for ref in refs)]))
 
-    def encode(self) -> bytes:
-        """The bytes of the register."""
+    def encode(self, keys: SessionKeys | None = None) -> bytes:
+        """The bytes of the register; encrypted with the session's keys where there are any."""
         summary = cbor2.dumps(_summary_map(self.summary))
         body = cbor2.dumps(_sessions_map(self.sessions) | _segments_map(self.segments))
         packed = zstandard.ZstdCompressor(level=3).compress(body)
-        head = _HEAD.pack(
+        envelope = b""
+        sealed = 0
+        if keys is not None:
+            envelope, sealed = keys.envelope, SEAL_OVERHEAD
+        place = _PLACE.pack(
             _MAGIC,
             _VERSION,
-            0,
-            len(summary),
-            len(packed),
+            0 if keys is None else ENCRYPTED,
+            len(summary) + sealed,
+            len(packed) + sealed,
             len(body),
             bytes.fromhex(self.repository),
-            blake3(summary).digest(),
-            b"",
         )
-        raw = head + summary + packed
+        if keys is not None:
+            summary = keys.seal(_SUMMARY, summary, place + envelope)
+        top = envelope + summary
+        head = place + _AFTER.pack(blake3(top).digest(), len(envelope), 0)
+        if keys is not None:
+            packed = keys.seal(_BODY, packed, head)
+        raw = head + top + packed
         return raw + blake3(raw).digest()
 
     @classmethod
-    def decode(cls, raw: bytes) -> Manifest:
+    def decode(cls, raw: bytes, open_keys: KeyOpener | None = None) -> Manifest:
         """The opposite of `encode`.
 
+        Args:
+            raw: the whole register.
+            open_keys: opens the session's keys; None where nothing is encrypted.
+
         Raises:
-            FormatError: cut, changed, or never written by `encode`.
+            FormatError: cut, changed, moved here, or never written by `encode`.
+            WrongKeyError: it is encrypted with another key.
         """
         head = _read_head(raw)
         size = head.summary_end + head.packed + _TRAILER
@@ -189,8 +210,12 @@ class Manifest:
             raise FormatError(f"manifest has {len(raw)} bytes, expected {size}")
         if blake3(memoryview(raw)[:-_TRAILER]).digest() != raw[-_TRAILER:]:
             raise FormatError("manifest does not match its BLAKE3 trailer")
-        summary, repository = decode_summary(raw)
-        fields = _loads(_unpack(raw[head.summary_end : -_TRAILER], head.body))
+        summary, repository = decode_summary(raw, open_keys)
+        packed = raw[head.summary_end : -_TRAILER]
+        if open_keys is not None:
+            keys = open_keys(raw[HEAD_SIZE : head.envelope_end])
+            packed = keys.open(_BODY, packed, raw[:HEAD_SIZE])
+        fields = _loads(_unpack(packed, head.body))
         sessions = _sessions(fields)
         segments = _segments(fields, sessions=len(sessions), count=segment_count(summary.size))
         return cls(summary, repository, sessions, segments)
@@ -199,6 +224,8 @@ class Manifest:
 class _Head(NamedTuple):
     """Lengths in bytes, as the head gives them."""
 
+    suite: int
+    envelope_end: int
     summary_end: int
     packed: int
     body: int
@@ -209,14 +236,22 @@ class _Head(NamedTuple):
 def _read_head(raw: bytes) -> _Head:
     if len(raw) < HEAD_SIZE:
         raise FormatError(f"manifest has {len(raw)} bytes, expected {HEAD_SIZE} or more")
-    magic, version, zero, summary, packed, body, repository, digest, rest = _HEAD.unpack_from(raw)
+    magic, version, suite, summary, packed, body, repository = _PLACE.unpack_from(raw)
+    digest, envelope, zero = _AFTER.unpack_from(raw, _PLACE.size)
     if magic != _MAGIC:
         raise FormatError(f"manifest begins with {magic!r}, expected {_MAGIC!r}")
-    if version != _VERSION or zero or any(rest):
-        raise FormatError(f"manifest has version {version}, expected {_VERSION}")
+    if version != _VERSION or suite not in {0, ENCRYPTED} or zero:
+        raise FormatError(
+            f"manifest has version {version} and suite {suite}, expected {_VERSION} and 0 or {ENCRYPTED}"
+        )
     if summary > _SUMMARY_MAX or packed > _BODY_MAX or body > _BODY_MAX:
         raise FormatError("manifest has lengths that can't be")
-    return _Head(HEAD_SIZE + summary, packed, body, repository.hex(), digest)
+    if envelope > (ENVELOPE_MAX if suite else 0):
+        raise FormatError(f"manifest claims {envelope} bytes of keys")
+    envelope_end = HEAD_SIZE + envelope
+    return _Head(
+        suite, envelope_end, envelope_end + summary, packed, body, repository.hex(), digest
+    )
 
 
 def summary_end(head: bytes) -> int:
@@ -228,17 +263,30 @@ def summary_end(head: bytes) -> int:
     return _read_head(head).summary_end
 
 
-def decode_summary(raw: bytes) -> tuple[Summary, str]:
+def decode_summary(raw: bytes, open_keys: KeyOpener | None = None) -> tuple[Summary, str]:
     """The summary and the repository's id, from the first `summary_end` bytes of a register.
 
+    Args:
+        raw: these bytes.
+        open_keys: opens the session's keys; None where nothing is encrypted.
+
     Raises:
-        FormatError: cut, changed, or never written by `Manifest.encode`.
+        FormatError: cut, changed, moved here, or never written by `Manifest.encode`.
+        WrongKeyError: it is encrypted with another key.
     """
     head = _read_head(raw)
-    packed = raw[HEAD_SIZE : head.summary_end]
-    if len(raw) < head.summary_end or blake3(packed).digest() != head.digest:
+    if (head.suite != 0) != (open_keys is not None):
+        # Not only an accident: else who can write to the store could put backups of his own there.
+        what = "is not encrypted, and its repository is" if open_keys else "is encrypted"
+        raise FormatError(f"manifest {what}")
+    top = raw[HEAD_SIZE : head.summary_end]
+    if len(raw) < head.summary_end or blake3(top).digest() != head.digest:
         raise FormatError("manifest's summary does not match its digest")
-    return _summary(_loads(packed)), head.repository
+    summary = raw[head.envelope_end : head.summary_end]
+    if open_keys is not None:
+        envelope = raw[HEAD_SIZE : head.envelope_end]
+        summary = open_keys(envelope).open(_SUMMARY, summary, raw[: _PLACE.size] + envelope)
+    return _summary(_loads(summary)), head.repository
 
 
 def _unpack(packed: bytes, length: int) -> bytes:

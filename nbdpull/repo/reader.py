@@ -2,6 +2,9 @@
 
 manifest (BLAKE3 trailer) -> index table (digest in the manifest) -> pack directory (digest in the
 table) -> frame (digest in the directory)
+
+Where the repository is encrypted, each of these is also authenticated as what its session sealed for that
+very place, and decrypted, before anything in it is looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import zstandard
 
 from nbdpull.errors import DamagedError
 from nbdpull.model.frame import (
+    ENCRYPTED,
     FOOTER_SIZE,
     HEADER_SIZE,
     PACK_HEADER_SIZE,
@@ -28,8 +32,10 @@ from nbdpull.model.frame import (
 from nbdpull.model.grain import GRAIN, segment_grains
 from nbdpull.model.index import PACKS_PER_INDEX, TABLE_MAX, Directory, IndexTable, PackPlace
 from nbdpull.model.manifest import Manifest
+from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.store import KeyMissingError, Store
+from nbdpull.repo.vault import Vault
 
 __all__ = ["DiskReader"]
 
@@ -69,8 +75,9 @@ class _Cache(Generic[_T]):
 class DiskReader:
     """One disk of one backup. All methods may be called by many threads."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, vault: Vault | None = None) -> None:
         self._store = store
+        self._vault = vault
         self._digests = [dict(session.index) for session in manifest.sessions]
         self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
         self._directories: _Cache[Directory] = _Cache(_DIRECTORIES_KEPT)
@@ -95,7 +102,13 @@ class DiskReader:
             with _damage(f"session index {key}", key):
                 raw = self._store.get_range(key, 0, TABLE_MAX)
                 sid = self.manifest.sessions[session].sid
-                table = IndexTable.decode(raw, sid=sid, number=number, digest=digest)
+                table = IndexTable.decode(
+                    raw,
+                    sid=sid,
+                    number=number,
+                    digest=digest,
+                    open_keys=None if self._vault is None else self._vault.opener(sid),
+                )
             return table, len(raw)
 
         return self._tables.get((session, number), load)
@@ -150,7 +163,7 @@ class DiskReader:
             if expected.kind is not kind or expected.clen != clen:
                 raise FormatError("the map does not fit the session's index")
             stored = self._store.get_range(key, offset, HEADER_SIZE + clen)
-            return open_frame(stored, expected, self._unpacker())
+            return open_frame(stored, expected, self._unpacker(), directory.keys)
 
     def segment(self, index: int) -> Segment:
         """The map of segment `index`.
@@ -219,11 +232,13 @@ class DiskReader:
                 seq,
             ):
                 raise FormatError("it is of another pack")
+            if not _fits(header, directory.keys):
+                raise FormatError("it has the salt or the commitment of another pack's keys")
         with _damage(f"directory of pack {key}", key, directory.end):
             raw = self._store.get_range(key, directory.end, place.length + FOOTER_SIZE + 1)
             if len(raw) != place.length + FOOTER_SIZE or raw[: place.length] != directory.encode():
                 raise FormatError("it is not the one that the session's index has")
-            offset, _, digest = decode_footer(raw[place.length :], place.size)
+            offset, _, digest = decode_footer(raw[place.length :], place.size, header.suite)
             if offset != directory.end or digest != place.digest:
                 raise FormatError("its footer is of another pack")
 
@@ -247,6 +262,12 @@ class DiskReader:
                     del sizes[listed.key]
             missing |= dict.fromkeys(sizes)
         return list(missing)
+
+
+def _fits(header: PackHeader, keys: PackKeys | None) -> bool:
+    if keys is None:
+        return header.suite == 0 and not any(header.salt + header.commitment)
+    return header.suite == ENCRYPTED and header.salt == keys.salt and keys.fits(header.commitment)
 
 
 @contextmanager

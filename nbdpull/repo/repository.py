@@ -28,10 +28,14 @@ from nbdpull.errors import (
     RepositoryNotFoundError,
     UnsupportedFormatError,
     UsageError,
+    WrongKeyError,
 )
 from nbdpull.model.config import CONFIG_MAX, Config
+from nbdpull.model.crypto import KEY_SIZE, Kdf, new_secret
 from nbdpull.model.frame import FormatError
-from nbdpull.model.ids import BackupId, DiskId, disk_id, is_hex, make_session_id
+from nbdpull.model.ids import BackupId, DiskId, SessionId, disk_id, is_hex, make_session_id
+from nbdpull.model.keyring import DEFAULT_KDF, Ring
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import (
     HEAD_SIZE,
     MANIFEST_MAX,
@@ -42,13 +46,17 @@ from nbdpull.model.manifest import (
     summary_end,
 )
 from nbdpull.model.results import Level
+from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo.local import LocalStore, sync_folder, told
+from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import Found, KnownFrame, PackListing, Reuse, ReuseSource
 from nbdpull.repo.session import Session
 from nbdpull.repo.sessiontable import SessionTable
+from nbdpull.repo.slots import add_slot, unlock
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
+from nbdpull.repo.vault import Vault
 
 __all__ = [
     "Backup",
@@ -63,7 +71,7 @@ __all__ = [
 _CONFIG: Final = "nbdpull.json"
 _HEAD_READ: Final = 16 << 10
 # In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
-_NOTHING: Final = re.compile(rf"lost\+found|{PROBE}[0-9a-f]{{16}}(first|race)|\.tmp-.*")
+_NOTHING: Final = re.compile(rf"lost\+found|key|{PROBE}[0-9a-f]{{16}}(first|race)|\.tmp-.*")
 
 
 class ParentGoneError(RepositoryError):
@@ -127,8 +135,11 @@ class Repository:
         id: 32 hex digits.
     """
 
-    def __init__(self, store: Store, location: str, config: Config) -> None:
+    def __init__(
+        self, store: Store, location: str, config: Config, vault: Vault | None = None
+    ) -> None:
         self._store = store
+        self._vault = vault
         self.location = location
         self.config = config
         self.id = config.id
@@ -136,8 +147,15 @@ class Repository:
     # -- opening -----------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, location: str) -> Repository:
+    def create(
+        cls, location: str, *, password: bytes | None = None, kdf: Kdf = DEFAULT_KDF
+    ) -> Repository:
         """Make a new repository.
+
+        Args:
+            location: a folder that is not there yet, or is empty.
+            password: None is without encryption.
+            kdf: what the password goes through.
 
         Raises:
             UsageError: there is one already, or a folder that holds something else.
@@ -155,19 +173,35 @@ class Repository:
                 raise UsageError(f"{root} is not empty; choose an empty or a new folder")
         _make_root(root)
         store = LocalStore(root)
-        config = Config(id=secrets.token_hex(16), capabilities=probe(store))
+        capabilities = probe(store)
+        own = secrets.token_hex(16)
+        config = Config.new(own, capabilities, encrypted=password is not None)
+        vault = None
+        if password is not None:
+            # Before the settings: no repository is ever there without its key.
+            vault = Vault(Ring(own, os.urandom(KEY_SIZE), ()).rotated(*_new_keys()))
+            add_slot(store, vault.ring, password, kdf=kdf)
         try:
             store.create(_CONFIG, config.encode())
         except KeyExistsError as exc:
             raise UsageError(f"{root} was just made a repository by somebody else") from exc
-        return cls(store, location, config)
+        return cls(store, location, config, vault)
 
     @classmethod
-    def open(cls, location: str, *, write: bool = False) -> Repository:
-        """Open a repository; `write` says that backups will be added.
+    def open(
+        cls, location: str, *, write: bool = False, keys: KeySource | None = None
+    ) -> Repository:
+        """Open a repository.
+
+        Args:
+            location: where it is.
+            write: whether backups will be added.
+            keys: what opens an encrypted one; None looks in the environment.
 
         Raises:
             RepositoryNotFoundError: there is none at `location`.
+            WrongKeyError: it is encrypted and the key is another one, or it is not encrypted and a
+                key is given.
             UnsupportedFormatError: it needs a feature that this version does not know.
             DamagedError: its settings can't be read.
         """
@@ -188,9 +222,36 @@ class Repository:
                 f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
                 " newer nbdpull"
             )
+        keys = keys or KeySource()
+        vault = None
+        if config.encrypted:
+            vault = Vault(unlock(store, config.id, location, keys))
+        elif wants_key(keys):
+            # Settings are not authenticated: a store that says "not encrypted" would be given plain data.
+            raise WrongKeyError(
+                f"a key is given, and repository {location} is not encrypted; if it is not meant to be,"
+                " unset NBDPULL_PASSWORD, _FILE, _COMMAND and NBDPULL_KEY_FILE"
+            )
         if write:
             store.remove_leftovers()
-        return cls(store, location, config)
+        return cls(store, location, config, vault)
+
+    @property
+    def vault(self) -> Vault | None:
+        """The keys; None where nothing is encrypted."""
+        return self._vault
+
+    def check_restorable(self) -> None:
+        """See that the key opens disk data, before anything is begun that needs it.
+
+        Raises:
+            WrongKeyError: it is a writer's key.
+        """
+        if self._vault is not None and not self._vault.ring.opens_data:
+            raise WrongKeyError(
+                f"the key given for repository {self.location} is a writer's: it adds backups and can't"
+                " read the data of any; give the password or the recovery key"
+            )
 
     # -- what is there -----------------------------------------------------------------------------
 
@@ -203,6 +264,11 @@ class Repository:
                 summary = self._summary(listed.key)
             except DamagedError as exc:
                 damaged.append(exc)
+                continue
+            except WrongKeyError as exc:
+                # It may be whole: but what needs it must not take it for absent.
+                problem = f"manifest {listed.key} can't be read: {exc}"
+                damaged.append(DamagedError(problem, key=listed.key))
                 continue
             if summary is not None:
                 summaries.append(summary)
@@ -219,13 +285,16 @@ class Repository:
             end = summary_end(head[:HEAD_SIZE])
             if end > len(head):
                 head = self._store.get_range(key, 0, end)
-            summary, repository = decode_summary(head[:end])
+            summary, repository = decode_summary(head[:end], self._opener(SessionId(parts[2])))
             self._check_place(summary, repository, key)
         except KeyMissingError:
             return None  # forgotten between the listing and now
         except FormatError as exc:
             raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
         return summary
+
+    def _opener(self, sid: SessionId) -> KeyOpener | None:
+        return None if self._vault is None else self._vault.opener(sid)
 
     def _check_place(self, summary: Summary, repository: str, key: str) -> None:
         if repository != self.id:
@@ -291,7 +360,8 @@ class Repository:
         """
         key = f"m/{summary.disk_id}/{summary.session}"
         try:
-            manifest = Manifest.decode(self._store.get(key, limit=MANIFEST_MAX))
+            raw = self._store.get(key, limit=MANIFEST_MAX)
+            manifest = Manifest.decode(raw, self._opener(summary.session))
             self._check_place(manifest.summary, manifest.repository, key)
         except KeyMissingError as exc:
             raise DamagedError(f"manifest {key} is missing", key=key) from exc
@@ -303,7 +373,7 @@ class Repository:
 
     def reader(self, manifest: Manifest) -> DiskReader:
         """A reader of one disk of a backup."""
-        return DiskReader(self._store, manifest)
+        return DiskReader(self._store, manifest, self._vault)
 
     def begin(
         self,
@@ -333,16 +403,18 @@ class Repository:
             StoreError: the repository can't be written.
         """
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
-        own = disk_id(vm, disk)
+        vault = self._vault
+        keys = None if vault is None else vault.new_session(sid)
+        own = disk_id(vm, disk, None if vault is None else vault.ring.digest_key)
         like = (like or parent) if self.reuses else None
         pins = list(dict.fromkeys(_pin(one) for one in (parent, like) if one is not None))
-        intent = {
-            "role": "backup",
-            "disk": own,
-            "pins": pins,
-            "host": socket.gethostname(),
-            "time": time.time(),
-        }
+        intent: dict[str, object] = {"role": "backup", "disk": own, "pins": pins}
+        if keys is None:
+            intent["host"] = socket.gethostname()
+        else:
+            # All else in it are names of objects, which whoever sees the store sees anyway.
+            intent["keys"] = keys.envelope.hex()
+        intent["time"] = time.time()
         self._store.create(f"s/{sid}", json.dumps(intent).encode())
         alive = {pin for pin in pins if self._there(f"m/{pin}") and not self._there(f"t/{pin}")}
         if parent is not None and _pin(parent) not in alive:
@@ -352,7 +424,7 @@ class Repository:
         table = SessionTable(parent.sessions if parent is not None else (), sid)
         source = None
         if like is not None and _pin(like) in alive:
-            source = ReuseSource(self._store, like, table, PackListing(self._store))
+            source = ReuseSource(self.reader(like), table, PackListing(self._store))
         return Session(
             self._store,
             repository=self.id,
@@ -362,6 +434,7 @@ class Repository:
             compression_level=compression_level,
             table=table,
             reuse=Reuse(source),
+            keys=keys,
         )
 
     @property
@@ -383,6 +456,11 @@ class Repository:
 def _pin(manifest: Manifest) -> str:
     """How an intent names a manifest."""
     return f"{manifest.summary.disk_id}/{manifest.summary.session}"
+
+
+def _new_keys() -> tuple[bytes, bytes]:
+    """A private key and a writer key."""
+    return new_secret(), os.urandom(KEY_SIZE)
 
 
 def _group(backup: BackupId, summaries: Iterable[Summary]) -> Backup:

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nbdpull.errors import DamagedError
+from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.frame import FrameHeader, FrameKind
 from nbdpull.model.grain import GRAIN, Kinds
 from nbdpull.model.ids import SessionId
 from nbdpull.model.index import PACKS_PER_INDEX
-from nbdpull.model.manifest import Manifest
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import Store
@@ -86,11 +85,9 @@ class PackListing:
 class ReuseSource:
     """One pinned manifest, as a witness of frames. May be used by many threads."""
 
-    def __init__(
-        self, store: Store, manifest: Manifest, table: SessionTable, listing: PackListing
-    ) -> None:
-        self.reader = DiskReader(store, manifest)
-        self._manifest = manifest
+    def __init__(self, reader: DiskReader, table: SessionTable, listing: PackListing) -> None:
+        self.reader = reader
+        self._manifest = reader.manifest
         self._table = table
         self._listing = listing
 
@@ -105,7 +102,7 @@ class ReuseSource:
         try:
             size = self.reader.pack_place(session, seq).size
             header = self.reader.directory(session, seq).find(offset)
-        except (DamagedError, ValueError) as exc:
+        except (DamagedError, WrongKeyError, ValueError) as exc:
             _log.debug("a frame of session %s is not reused: %s", ref.sid, exc)
             return None
         if digest is None or header.kind is not FrameKind.DATA:
@@ -151,7 +148,7 @@ class Reuse:
             return []
         try:
             intervals = like.reader.segment(index).whole_frames(kinds)
-        except DamagedError as exc:
+        except (DamagedError, WrongKeyError) as exc:
             _log.debug("nothing of segment %d is reused: %s", index, exc)
             return []
         known = []

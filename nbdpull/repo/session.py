@@ -23,9 +23,12 @@ from blake3 import blake3
 
 from nbdpull.errors import RepositoryError, StoreError
 from nbdpull.model.frame import (
+    ENCRYPTED,
     ENTRY,
     HEADER_SIZE,
     PACK_HEADER_SIZE,
+    TAG_SIZE,
+    Buffer,
     Codec,
     FrameHeader,
     FrameKind,
@@ -42,10 +45,12 @@ from nbdpull.model.manifest import (
     Summary,
     register_kind,
 )
+from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Segment
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import KeyExistsError, Store, Upload
+from nbdpull.repo.vault import new_pack_keys
 
 __all__ = ["Session"]
 
@@ -56,8 +61,6 @@ _BACKGROUND: Final = 2
 _COMMIT_WITHIN_S: Final = 30 * 86400.0
 """A collector may forget after a year that it revoked a session: long before, nobody may commit it."""
 
-_Buffer = bytes | bytearray | memoryview
-
 
 @dataclass(slots=True, eq=False)
 class _Pack:
@@ -65,6 +68,7 @@ class _Pack:
 
     seq: int
     upload: Upload
+    keys: PackKeys | None
     end: int = PACK_HEADER_SIZE
     writing: int = 0
     full: bool = False
@@ -81,7 +85,7 @@ class _Pack:
             table[name] = [getattr(entry, name) for entry in self.entries]
         digests = b"".join(entry.digest for entry in self.entries)
         table["digest"] = np.frombuffer(digests, dtype="V32")
-        return Directory(table)
+        return Directory(table, self.keys)
 
 
 class Session:
@@ -95,7 +99,7 @@ class Session:
         reused_bytes: of disk data that the repository had already.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the first by name, from one caller
         self,
         store: Store,
         *,
@@ -106,8 +110,10 @@ class Session:
         compression_level: int,
         table: SessionTable | None = None,
         reuse: Reuse | None = None,
+        keys: SessionKeys | None = None,
     ) -> None:
         self._store = store
+        self._keys = keys
         self._repository = repository
         self._parent = parent
         self._level = compression_level
@@ -139,9 +145,12 @@ class Session:
         """What an earlier backup has inside the DATA grains of segment `index`: see `Reuse.known`."""
         return self._reuse.known(index, kinds)
 
-    def refer(self, known: KnownFrame, raw: _Buffer) -> bool:
+    def _digest(self, raw: Buffer) -> bytes:
+        return blake3(raw).digest() if self._keys is None else self._keys.digest(raw)
+
+    def refer(self, known: KnownFrame, raw: Buffer) -> bool:
         """Whether `raw` is what `known` holds; the caller then refers to it and stores nothing."""
-        if len(raw) != known.length or blake3(raw).digest() != known.digest:
+        if len(raw) != known.length or self._digest(raw) != known.digest:
             return False
         self._count_reused(len(raw))
         return True
@@ -150,7 +159,7 @@ class Session:
         with self._lock:
             self.reused_bytes += length
 
-    def put(self, raw: _Buffer, kind: FrameKind = FrameKind.DATA) -> Found:
+    def put(self, raw: Buffer, kind: FrameKind = FrameKind.DATA) -> Found:
         """Store one frame of at most 1 MiB; `raw` may be reused when this returns.
 
         A frame of disk data that the repository has already is not stored again, where the session
@@ -161,14 +170,17 @@ class Session:
         """
         if not 0 < len(raw) <= FRAME_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes can't be")
-        digest = blake3(raw).digest()
+        digest = self._digest(raw)
         if kind is FrameKind.DATA and (found := self._reuse.find(digest, len(raw))) is not None:
             self._count_reused(len(raw))
             return found
         codec, payload = self._compress(raw)
         pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
         try:
-            pack.upload.write(offset, header.encode(), payload)
+            if pack.keys is None:
+                pack.upload.write(offset, header.encode(), payload)
+            else:
+                pack.upload.write(offset, *pack.keys.seal_frame(header, payload, self._buffer()))
         except BaseException as exc:
             self._fail(exc)
             raise
@@ -176,7 +188,14 @@ class Session:
             self._leave(pack)
         return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
 
-    def _compress(self, raw: _Buffer) -> tuple[Codec, _Buffer]:
+    def _buffer(self) -> memoryview:
+        """Of the calling thread, for one encrypted frame: memory that is new each time costs more."""
+        buffer: memoryview | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = memoryview(bytearray(FRAME_MAX + TAG_SIZE))
+        return buffer
+
+    def _compress(self, raw: Buffer) -> tuple[Codec, Buffer]:
         compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
         if compressor is None:
             # The frame's header has the length, and BLAKE3 is the check.
@@ -218,9 +237,14 @@ class Session:
     def _open_pack(self) -> _Pack:
         seq = self._next_seq
         try:
-            pack = _Pack(seq, self._store.begin(f"d/{self.id}/{seq:08x}"))
+            keys = None if self._keys is None else new_pack_keys(self._keys, seq)
+            pack = _Pack(seq, self._store.begin(f"d/{self.id}/{seq:08x}"), keys)
             self._pack = pack
             header = PackHeader(seq, bytes.fromhex(self._repository), bytes.fromhex(self.id))
+            if keys is not None:
+                header = replace(
+                    header, suite=ENCRYPTED, salt=keys.salt, commitment=keys.commitment()
+                )
             pack.upload.write(0, header.encode())
         except BaseException as exc:
             self._failure = self._failure or exc
@@ -298,7 +322,7 @@ class Session:
     def _write_index(self, number: int) -> None:
         with self._lock:
             packs = self._pending.pop(number)
-        raw, digest = encode_index(self.id, number, packs)
+        raw, digest = encode_index(self.id, number, packs, self._keys)
         self._store.create(f"x/{self.id}/{number}", raw)
         with self._lock:
             self._indexes[number] = digest
@@ -395,7 +419,7 @@ class Session:
                 " commit; run the backup again"
             )
         manifest = self._manifest(summary)
-        raw = manifest.encode()
+        raw = manifest.encode(self._keys)
         key = f"m/{self.disk_id}/{self.id}"
         try:
             self._store.create(key, raw)

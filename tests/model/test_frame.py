@@ -123,8 +123,8 @@ def test_every_damaged_byte_of_pack_header_and_footer_is_found() -> None:
 
 
 def test_a_pack_of_an_unknown_cipher_is_refused() -> None:
-    with pytest.raises(FormatError, match="suite 1"):
-        PackHeader.decode(PackHeader(7, b"r" * 16, b"s" * 16, suite=1).encode())
+    with pytest.raises(FormatError, match="suite 2"):
+        PackHeader.decode(PackHeader(7, b"r" * 16, b"s" * 16, suite=2).encode())
 
 
 @given(st.binary(min_size=HEADER_SIZE - 4, max_size=HEADER_SIZE - 4))

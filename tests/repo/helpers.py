@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from nbdpull.model.crypto import Kdf, KdfName
 from nbdpull.model.grain import FRAME_GRAINS, GRAIN, SEGMENT, Kind, segment_count, segment_grains
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest, Summary
@@ -17,6 +19,16 @@ from nbdpull.repo.repository import DiskReader, Repository, Session
 
 Changes = Mapping[int, bytes | None]
 """Grain number on the disk -> its new bytes, or None where it was zeroed."""
+
+
+PASSWORD = b"correct horse"
+CHEAP = Kdf(KdfName.ARGON2ID, memory_kib=8, passes=1, lanes=1)
+"""What no real repository should use."""
+
+
+def encrypted(root: Path) -> Repository:
+    """A new repository under `PASSWORD`."""
+    return Repository.create(str(root), password=PASSWORD, kdf=CHEAP)
 
 
 def summary_for(session: Session, *, size: int, **changes: object) -> Summary:

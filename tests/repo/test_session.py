@@ -20,15 +20,25 @@ from nbdpull.repo import session as session_module
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import ParentGoneError, Repository, Session
 from nbdpull.repo.store import KeyExistsError, Listed, Upload
-from tests.repo.helpers import backup, grain, interval, restore, small_history, summary_for
+from tests.repo.helpers import (
+    backup,
+    encrypted,
+    grain,
+    interval,
+    restore,
+    small_history,
+    summary_for,
+)
 
 SIZE = 64 * GRAIN
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    Repository.create(str(tmp_path / "repo"))
-    return Repository.open(str(tmp_path / "repo"), write=True)
+@pytest.fixture(params=["plain", "encrypted"])
+def repository(tmp_path: Path, request: pytest.FixtureRequest) -> Repository:
+    if request.param == "plain":
+        Repository.create(str(tmp_path / "repo"))
+        return Repository.open(str(tmp_path / "repo"), write=True)
+    return encrypted(tmp_path / "repo")
 
 
 def keys(repository: Repository, prefix: str = "") -> list[str]:
@@ -42,7 +52,7 @@ def begin(repository: Repository) -> Session:
 def test_a_small_backup_makes_four_objects(repository: Repository) -> None:
     manifest = backup(repository, SIZE, {3: grain(1)})
     sid, disk = manifest.summary.session, manifest.summary.disk_id
-    assert keys(repository) == [
+    assert [key for key in keys(repository) if not key.startswith("key/")] == [
         f"d/{sid}/00000000",
         f"m/{disk}/{sid}",
         "nbdpull.json",
@@ -145,7 +155,8 @@ def test_a_pack_holds_its_frames_back_to_back_as_the_format_says(repository: Rep
         header = FrameHeader.decode(raw[at : at + 64])
         assert header.number == number
         at += 64 + header.clen
-    assert len(raw) == at + 3 * 48 + 64
+    tag = 0 if repository.vault is None else 16
+    assert len(raw) == at + 3 * 48 + tag + 64
 
 
 # -- lineage ---------------------------------------------------------------------------------------
