@@ -30,6 +30,7 @@ from nbdpull.model.results import (
 __all__ = ["backup", "cleanup", "init", "list_backups", "restore", "show", "verify"]
 
 _COMPRESSION_LEVELS = range(1, 20)
+_GUEST_DELAYS_S = range(1, 3601)
 
 
 async def init(repository: str | os.PathLike[str]) -> InitResult:
@@ -61,6 +62,8 @@ async def backup(
     scratch: str | os.PathLike[str] | None = None,
     force: bool = False,
     compression_level: int = 1,
+    rate: int | None = None,
+    max_guest_delay_s: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -78,6 +81,9 @@ async def backup(
         scratch: folder for scratch images; None is the system's temporary folder.
         force: also back up disks that an aborted run could freeze.
         compression_level: of zstd, 1 (fast) to 19.
+        rate: most bytes to read from QEMU in a second, all disks together; None for no limit.
+        max_guest_delay_s: with `guest_first`, seconds that a guest's write may wait for the scratch space
+            (default 45); then the backup is given up and the guest goes on. 1 to 3600.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -91,6 +97,15 @@ async def backup(
     """
     if compression_level not in _COMPRESSION_LEVELS:
         raise UsageError(f"compression level is {compression_level}; expected 1 to 19")
+    if rate is not None and rate < 1:
+        raise UsageError(f"rate is {rate} bytes a second; expected 1 or more")
+    if max_guest_delay_s is not None and not guest_first:
+        raise UsageError(
+            "a longest delay of the guest can be kept only with guest-first: else QEMU makes a write wait"
+            " as long as it takes"
+        )
+    if max_guest_delay_s is not None and max_guest_delay_s not in _GUEST_DELAYS_S:
+        raise UsageError(f"the guest's longest delay is {max_guest_delay_s} s; expected 1 to 3600")
     wanted = _level(level)
     include = _names("include", include)
     exclude = _names("exclude", exclude)
@@ -113,6 +128,8 @@ async def backup(
         scratch=None if scratch is None else os.fspath(scratch),
         force=force,
         compression_level=compression_level,
+        rate=rate,
+        max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
     )
     return await op.backup(options, progress=progress)
 

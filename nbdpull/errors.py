@@ -15,6 +15,7 @@
     |  |- MonitorError           1   QMP can't be reached or broke
     |  |- CommandError           1   QEMU refused one command
     |  |- PointInTimeLostError   1   the frozen view ended while being read
+    |  |  |- ScratchFullError   13   because the room for what the guest overwrites ran out
     |  |- NbdError               1   an NBD connection failed
     |- TargetError               1   where a restore writes to
 
@@ -36,6 +37,7 @@ __all__ = [
     "PointInTimeLostError",
     "RepositoryError",
     "RepositoryNotFoundError",
+    "ScratchFullError",
     "SourceError",
     "StoreError",
     "TargetError",
@@ -135,6 +137,12 @@ class CommandError(SourceError):
 
 class PointInTimeLostError(SourceError):
     """The frozen view of a disk ended while it was being read (scratch full, job cancelled)."""
+
+
+class ScratchFullError(PointInTimeLostError):
+    """The room for what the guest overwrites ran out: the backup ended, the guest went on."""
+
+    exit_code = 13
 
 
 class NbdError(SourceError):

@@ -8,7 +8,7 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console
-from nbdpull.cli.options import repository_option, source_argument, verb
+from nbdpull.cli.options import SIZE, repository_option, source_argument, verb
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import disk_table
@@ -70,6 +70,19 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     show_default=True,
     help="Of zstd.",
 )
+@click.option(
+    "--rate",
+    type=SIZE,
+    metavar="SIZE",
+    help="Read at most so much a second, all disks together, for example 100M.",
+)
+@click.option(
+    "--max-guest-delay",
+    type=click.IntRange(1, 3600),
+    metavar="SECONDS",
+    help="With --guest-first: give the backup up when a write of the guest has waited so long for the"
+    " scratch space (default 45).",
+)
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -85,6 +98,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     scratch: str | None,
     force: bool,
     compression_level: int,
+    rate: int | None,
+    max_guest_delay: int | None,
 ) -> int:
     """Back up the writable disks of a running VM, all at one point in time.
 
@@ -107,6 +122,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             scratch=scratch,
             force=force,
             compression_level=compression_level,
+            rate=rate,
+            max_guest_delay_s=max_guest_delay,
             progress=progress,
         )
     for warning in result.warnings:

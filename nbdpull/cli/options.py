@@ -10,11 +10,33 @@ import click
 
 from nbdpull.cli.console import Console, ProgressMode
 from nbdpull.cli.run import run_verb
+from nbdpull.units import parse_size
 
-__all__ = ["repository_option", "source_argument", "verb", "vm_option"]
+__all__ = ["SIZE", "repository_option", "source_argument", "verb", "vm_option"]
 
 _P = ParamSpec("_P")
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Size(click.ParamType[int]):
+    """A size such as ``100M`` in bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Bytes of a size, 1 or more."""
+        try:
+            size = parse_size(str(value))
+        except ValueError as exc:
+            self.fail(str(exc), param, ctx)
+        if size < 1:
+            self.fail(f"'{value}' is less than a byte", param, ctx)
+        return size
+
+
+SIZE = _Size()
 
 
 def _given(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:

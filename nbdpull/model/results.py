@@ -15,6 +15,7 @@ __all__ = [
     "CleanupResult",
     "Damage",
     "DiskInfo",
+    "GuestCost",
     "InitResult",
     "Level",
     "Progress",
@@ -88,8 +89,31 @@ class BackupInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestCost:
+    """What a backup cost the guest.
+
+    Attributes:
+        frozen_s: from the point in time to the end of the frozen view: as long, each first write to a
+            block waits for the block's old content to be copied out.
+        pause_s: how long the guest was stopped.
+        copied_bytes: old content that was copied out before the guest overwrote it.
+        scratch_peak_bytes: most room that the scratch images took at once.
+    """
+
+    frozen_s: float
+    pause_s: float
+    copied_bytes: int
+    scratch_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackupResult:
-    """A committed backup. `warnings` are things that went wrong without harming it."""
+    """A committed backup.
+
+    Attributes:
+        cost: what it cost the guest; None where there was none to disturb.
+        warnings: things that went wrong without harming it.
+    """
 
     backup: str
     vm: str
@@ -99,6 +123,7 @@ class BackupResult:
     time: float
     duration_s: float
     disks: tuple[DiskInfo, ...]
+    cost: GuestCost | None = None
     warnings: tuple[str, ...] = ()
 
 

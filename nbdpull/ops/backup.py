@@ -32,6 +32,7 @@ from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import (
     BackupResult,
     DiskInfo,
+    GuestCost,
     Level,
     Progress,
     ProgressCallback,
@@ -42,15 +43,15 @@ from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
 from nbdpull.source.base import Disk, DiskPlan, PointInTime, RunInfo, Source
+from nbdpull.source.fleecing import GUEST_DELAY_S, QemuOptions
 from nbdpull.source.names import chain_id, checkpoint_name, checkpoint_parts
 from nbdpull.source.open import check_source, open_source
-from nbdpull.source.qemu import QemuOptions
 from nbdpull.version import __version__
 
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
 
-__all__ = ["BackupOptions", "backup"]
+__all__ = ["GUEST_DELAY_S", "BackupOptions", "backup"]
 
 
 _TRIED = 3
@@ -73,6 +74,8 @@ class BackupOptions:
         scratch: folder for scratch images; None for the system's temporary one.
         force: also back up disks whose iothread makes a disconnect dangerous.
         compression_level: of zstd, 1 to 19.
+        rate: most bytes to read in a second; None for no limit.
+        max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
     """
 
     source: str
@@ -87,6 +90,8 @@ class BackupOptions:
     scratch: str | None = None
     force: bool = False
     compression_level: int = 1
+    rate: int | None = None
+    max_guest_delay_s: int = GUEST_DELAY_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +257,7 @@ async def backup(
         nbd_address=options.nbd_address,
         scratch=options.scratch,
         force=options.force,
+        max_guest_delay_s=options.max_guest_delay_s,
     )
     async with open_source(options.source, qemu) as source:
         vm = options.vm
@@ -335,7 +341,7 @@ class _Run:
                 await self._give_up(frozen)
             raise
         warnings = await frozen.confirm(self._obsolete())
-        return self._result(summaries, began, duration_s, warnings)
+        return self._result(summaries, began, duration_s, frozen.cost, warnings)
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
@@ -370,10 +376,10 @@ class _Run:
                 stop()
 
         try:
-            await pull(pulls, progress=self.progress, on_start=started)
+            await pull(pulls, rate=self.options.rate, progress=self.progress, on_start=started)
         except (Cancelled, SourceError) as exc:
-            if frozen.lost is not None:
-                raise frozen.lost from exc
+            if (lost := await frozen.why_lost()) is not None:
+                raise lost from exc
             if isinstance(exc, Cancelled):
                 raise PointInTimeLostError("the pull was stopped") from exc
             raise
@@ -469,6 +475,7 @@ class _Run:
         summaries: Sequence[Summary],
         began: float,
         duration_s: float,
+        cost: GuestCost | None,
         warnings: tuple[str, ...],
     ) -> BackupResult:
         return BackupResult(
@@ -492,5 +499,6 @@ class _Run:
                 )
                 for summary in summaries
             ),
+            cost=cost,
             warnings=warnings,
         )

@@ -38,6 +38,7 @@ from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
+from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 
@@ -213,8 +214,10 @@ class _Pull:
         disks: Sequence[DiskPull],
         cancel: threading.Event,
         callback: ProgressCallback | None,
+        rate: RateLimit | None,
     ) -> None:
         self.disks = disks
+        self.rate = rate
         self.cancel = cancel
         self.batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=_QUEUE)
         self.lock = threading.Lock()
@@ -315,6 +318,8 @@ class _Pull:
             offset = base + first * GRAIN
             length = min(count * GRAIN, disk.size - offset)
             frame = buffer[:length]
+            if self.rate is not None:
+                self.rate.take(length, self.cancel)
             connection.read_into(frame, offset)
             self._store(work, first, frame)
             self.meter.add(disk, length, read=length)
@@ -385,6 +390,7 @@ def _is_zero(view: memoryview) -> bool:
 async def pull(
     disks: Sequence[DiskPull],
     *,
+    rate: int | None = None,
     progress: ProgressCallback | None = None,
     on_start: Callable[[Callable[[], None]], None] = lambda _stop: None,
 ) -> None:
@@ -392,6 +398,7 @@ async def pull(
 
     Args:
         disks: what to pull, one after the other.
+        rate: most bytes to read in a second, all disks together; None for no limit.
         progress: is told how far each disk is.
         on_start: is given, from a thread, a function that stops the pull; the call then raises `Cancelled`.
 
@@ -404,7 +411,7 @@ async def pull(
     """
 
     def work(cancel: threading.Event) -> None:
-        state = _Pull(disks, cancel, progress)
+        state = _Pull(disks, cancel, progress, None if rate is None else RateLimit(rate))
         on_start(cancel.set)
         pullers = worker_count()
         run_all([lambda: state.plan(pullers), *[state.puller] * pullers], cancel)

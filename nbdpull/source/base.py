@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from nbdpull.errors import PointInTimeLostError, UsageError
 from nbdpull.model.chain import BitmapState
+from nbdpull.model.results import GuestCost
 
 __all__ = [
     "GRANULARITY",
@@ -133,12 +134,15 @@ class PointInTime(Protocol):
     Attributes:
         disks: in the order of the plans.
         lost: set once, with the reason, when the view can't be read any more.
-        pause_s: how long the guest was stopped for it.
+        cost: what it cost the guest, known when the view has ended; None where there is no guest.
     """
 
     disks: tuple[ServedDisk, ...]
     lost: PointInTimeLostError | None
-    pause_s: float
+    cost: GuestCost | None
+
+    async def why_lost(self) -> PointInTimeLostError | None:
+        """After a read failed: whether that is because the view broke, and why."""
 
     async def confirm(self, obsolete: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
         """The backup is durable: keep its checkpoints, drop what nothing is counted from any more.

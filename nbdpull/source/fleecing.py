@@ -32,24 +32,46 @@ from nbdpull.errors import (
     Error,
     MonitorError,
     PointInTimeLostError,
+    ScratchFullError,
     SourceError,
 )
+from nbdpull.model.results import GuestCost
 from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import RunDir
+from nbdpull.source.scratch import ScratchGuard
 
-__all__ = ["QemuPlan", "QemuPointInTime", "freeze"]
+__all__ = ["GUEST_DELAY_S", "QemuOptions", "QemuPlan", "QemuPointInTime", "freeze"]
 
 log = logging.getLogger(__name__)
 
-_CBW_TIMEOUT_S: Final = 45
+GUEST_DELAY_S: Final = 45
+"""Seconds; longer than the time-outs of most storage, shorter than those of most guests (Linux: 120)."""
+
 _GONE_S: Final = 30.0
 _POLL_S: Final = 0.05
-_SPACE_POLL_S: Final = 0.25
-_RESERVE: Final = 64 << 20
-"""Scratch room below which the backup gives up: QEMU would pause the guest when it is all gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuOptions:
+    """How to freeze a point in time in a QEMU.
+
+    Attributes:
+        guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
+        nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
+        scratch: folder for scratch images; None for the system's temporary one.
+        force: also disks whose iothread makes a disconnect dangerous.
+        max_guest_delay_s: with `guest_first`, how long a guest's write may wait for the scratch before the
+            backup is given up instead.
+    """
+
+    guest_first: bool = False
+    max_guest_delay_s: int = GUEST_DELAY_S
+    nbd_address: str | None = None
+    scratch: str | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +90,7 @@ class QemuPointInTime:
         names: RunNames,
         plans: Sequence[QemuPlan],
         rundir: RunDir,
+        options: QemuOptions,
         on_lost: OnLost,
     ) -> None:
         self._monitor = monitor
@@ -75,13 +98,18 @@ class QemuPointInTime:
         self._plans = tuple(plans)
         self._rundir = rundir
         self._on_lost = on_lost
+        self._options = options
+        self._guard = ScratchGuard(rundir, self._lose)
+        self._resumed: asyncio.Task[None] | None = None
+        self._began = 0.0
+        self._pause_s = 0.0
+        self._copied: int | None = None
         self._stack = contextlib.AsyncExitStack()
         self._released = False
         self._monitor_lost = False
-        self._guest_stopped_by_scratch = False
         self.disks: tuple[ServedDisk, ...] = ()
         self.lost: PointInTimeLostError | None = None
-        self.pause_s = 0.0
+        self.cost: GuestCost | None = None
 
     # -- making it ---------------------------------------------------------------------------------
 
@@ -155,6 +183,7 @@ class QemuPointInTime:
                 "filter-node-name": self._names.filter(index),
             }
             actions.append({"type": "blockdev-backup", "data": job})
+        self._began = asyncio.get_running_loop().time()
         await self._monitor.execute("transaction", {"actions": actions})
         for index in range(len(self._plans)):
             job_id = self._names.job(index)
@@ -177,7 +206,7 @@ class QemuPointInTime:
                 )
         running = bool((await self._monitor.execute("query-status"))["running"])
         loop = asyncio.get_running_loop()
-        begin = loop.time()
+        self._began = loop.time()
         try:
             if running:
                 self._rundir.mark_paused(paused=True)
@@ -191,7 +220,7 @@ class QemuPointInTime:
                 # Whatever happened above, also a cancellation: the guest goes on.
                 await asyncio.shield(self._monitor.execute("cont"))
                 self._rundir.mark_paused(paused=False)
-                self.pause_s = loop.time() - begin
+                self._pause_s = loop.time() - self._began
 
     async def _insert_filter(self, index: int, plan: QemuPlan) -> None:
         node = self._names.filter(index)
@@ -201,7 +230,7 @@ class QemuPointInTime:
             "file": plan.disk.top,
             "target": self._names.scratch(index),
             "on-cbw-error": "break-snapshot",
-            "cbw-timeout": _CBW_TIMEOUT_S,
+            "cbw-timeout": self._options.max_guest_delay_s,
         }
         if plan.base is not None:
             # Only what will be read is copied out.
@@ -230,8 +259,8 @@ class QemuPointInTime:
             )
             self._push_delete(node)
 
-    async def _serve(self, uri_of: Callable[[str], str], *, start_server: bool) -> None:
-        if start_server:
+    async def _serve(self, uri_of: Callable[[str], str]) -> None:
+        if self._options.nbd_address is None:
             path = self._rundir.socket
             try:
                 await self._monitor.execute(
@@ -266,35 +295,60 @@ class QemuPointInTime:
 
     # -- watching it -------------------------------------------------------------------------------
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: PointInTimeLostError) -> None:
         if self.lost is None and not self._released:
-            self.lost = PointInTimeLostError(reason)
-            self._on_lost(self.lost)
+            self.lost = reason
+            self._on_lost(reason)
+
+    async def why_lost(self) -> PointInTimeLostError | None:
+        """See `PointInTime.why_lost`."""
+        if self.lost is None:
+            # Guest first, a scratch that is full breaks the view at once, and no event tells of it.
+            full = await asyncio.to_thread(self._guard.check)
+            if full is not None:
+                self._lose(full)
+        return self.lost
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         jobs = {self._names.job(index) for index in range(len(self._plans))}
         if name == "JOB_STATUS_CHANGE" and data.get("id") in jobs:
             if data.get("status") in {"aborting", "concluded", "null"}:
-                self._lose(f"QEMU ended backup job {data['id']} before its disk was read")
+                self._lose(
+                    PointInTimeLostError(
+                        f"QEMU ended backup job {data['id']} before its disk was read"
+                    )
+                )
         elif name == "BLOCK_IO_ERROR" and data.get("nospace"):
-            self._guest_stopped_by_scratch = True
-            self._lose(f"the scratch folder {self._rundir.path.parent} is full; give more room")
+            # The guest is paused: the room that is let go lets its write succeed.
+            self._lose(self._guard.full("QEMU found none for a write"))
+            if self._resumed is None:
+                self._resumed = asyncio.create_task(self._resume(), name="resume-guest")
         elif name == "BLOCK_EXPORT_DELETED" and str(data.get("id", "")).startswith(
             f"np-{self._names.run}-"
         ):
-            self._lose(f"somebody removed export {data['id']} before its disk was read")
-
-    async def _watch_space(self) -> None:
-        while True:
-            free = await asyncio.to_thread(self._rundir.free_bytes)
-            if free < _RESERVE:
-                self._lose(
-                    f"scratch folder {self._rundir.path.parent} has {free} bytes left, expected at"
-                    f" least {_RESERVE}: the backup ends so that the guest need not be paused;"
-                    " choose a folder with more room with --scratch"
+            self._lose(
+                PointInTimeLostError(
+                    f"somebody removed export {data['id']} before its disk was read"
                 )
-                return
-            await asyncio.sleep(_SPACE_POLL_S)
+            )
+
+    async def _resume(self) -> None:
+        """Let a guest go on that QEMU paused because the scratch was full."""
+        begin = asyncio.get_running_loop().time()
+        with contextlib.suppress(MonitorError, CommandError):
+            status = (await self._monitor.execute("query-status"))["status"]
+            if status == "io-error":
+                await self._monitor.execute("cont")
+                self._pause_s += asyncio.get_running_loop().time() - begin
+
+    async def _count_copied(self) -> None:
+        """Note how much the filters have copied, as long as they are there."""
+        with contextlib.suppress(MonitorError, CommandError):
+            jobs = {self._names.job(index) for index in range(len(self._plans))}
+            found = await self._monitor.execute("query-jobs")
+            done = [job["current-progress"] for job in found if job["id"] in jobs]
+            # Filters without a job (guest first) don't tell; nothing leaves their scratch, so it does.
+            self._copied = sum(done) if done else None
 
     # -- ending it ---------------------------------------------------------------------------------
 
@@ -321,13 +375,25 @@ class QemuPointInTime:
         Every NBD connection must be closed before, or QEMU could hang in it. A second call does
         nothing. The bitmaps stay: see `confirm` and `discard`.
         """
+        if self._released:
+            return
         self._released = True
+        if not self._monitor_lost:
+            await self._count_copied()
+        await asyncio.to_thread(self._guard.check)
         await self._stack.aclose()
-        if self._guest_stopped_by_scratch and not self._monitor_lost:
-            status = await self._monitor.execute("query-status")
-            if status["status"] == "io-error":
-                # The scratch was full and QEMU paused the guest; with the job gone its write succeeds.
-                await self._monitor.execute("cont")
+        if not self._monitor_lost and isinstance(self.lost, ScratchFullError):
+            # With the job gone the write that found no room succeeds.
+            await self._resume()
+        if self._resumed is not None:
+            await self._resumed
+        peak = self._guard.peak
+        self.cost = GuestCost(
+            frozen_s=asyncio.get_running_loop().time() - self._began,
+            pause_s=self._pause_s,
+            copied_bytes=peak if self._copied is None else self._copied,
+            scratch_peak_bytes=peak,
+        )
 
     async def _remove_bitmap(self, node: str, name: str) -> None:
         await self._monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
@@ -375,8 +441,7 @@ async def freeze(
     plans: Sequence[QemuPlan],
     rundir: RunDir,
     *,
-    guest_first: bool,
-    start_server: bool,
+    options: QemuOptions,
     uri_of: Callable[[str], str],
     on_lost: OnLost,
 ) -> AsyncIterator[QemuPointInTime]:
@@ -387,8 +452,7 @@ async def freeze(
         names: of what this run makes there.
         plans: the disks, and what of each.
         rundir: where scratch images and the NBD socket go.
-        guest_first: mode C instead of mode B.
-        start_server: start an NBD server in the run's folder; else one runs in this QEMU already.
+        options: in which way.
         uri_of: the URI of an export, by its name.
         on_lost: called in the event loop when the view breaks while it is in use.
 
@@ -398,23 +462,23 @@ async def freeze(
     Raises:
         CommandError, SourceError: QEMU refused a step.
     """
-    frozen = QemuPointInTime(monitor, names, plans, rundir, on_lost)
+    frozen = QemuPointInTime(monitor, names, plans, rundir, options, on_lost)
     unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
     watcher = None
     try:
         try:
             await frozen._add_scratch()  # noqa: SLF001
-            if guest_first:
+            if options.guest_first:
                 await frozen._freeze_guest_first()  # noqa: SLF001
             else:
                 await frozen._freeze_by_job()  # noqa: SLF001
-            await frozen._serve(uri_of, start_server=start_server)  # noqa: SLF001
+            await frozen._serve(uri_of)  # noqa: SLF001
         except BaseException:
             await frozen.release()
             for line in await frozen.discard():
                 log.debug("%s", line)
             raise
-        watcher = asyncio.create_task(frozen._watch_space(), name="scratch-space")  # noqa: SLF001
+        watcher = asyncio.create_task(frozen._guard.watch(), name="scratch-space")  # noqa: SLF001
         try:
             yield frozen
         finally:

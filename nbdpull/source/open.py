@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 from nbdpull.source.address import parse_source
 from nbdpull.source.base import Source
-from nbdpull.source.qemu import QemuOptions, QemuSource
+from nbdpull.source.fleecing import QemuOptions
+from nbdpull.source.qemu import QemuSource
 from nbdpull.source.qmp import open_monitor
 
 __all__ = ["check_source", "open_source"]

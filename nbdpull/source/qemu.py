@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from nbdpull.nbdio.connection import unix_uri, with_export
 from nbdpull.source.base import (
@@ -18,30 +17,13 @@ from nbdpull.source.base import (
     select_disks,
 )
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
-from nbdpull.source.fleecing import QemuPlan, freeze
+from nbdpull.source.fleecing import QemuOptions, QemuPlan, freeze
 from nbdpull.source.leftovers import sweep
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import RunDir
 
-__all__ = ["QemuOptions", "QemuSource", "vm_name"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QemuOptions:
-    """How to freeze a point in time in a QEMU.
-
-    Attributes:
-        guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
-        nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
-        scratch: folder for scratch images; None for the system's temporary one.
-        force: also disks whose iothread makes a disconnect dangerous.
-    """
-
-    guest_first: bool = False
-    nbd_address: str | None = None
-    scratch: str | None = None
-    force: bool = False
+__all__ = ["QemuSource", "vm_name"]
 
 
 async def vm_name(monitor: Monitor) -> tuple[str, str | None]:
@@ -127,8 +109,7 @@ class QemuSource:
                 RunNames(info.run),
                 qemu_plans,
                 rundir,
-                guest_first=self._options.guest_first,
-                start_server=self._options.nbd_address is None,
+                options=self._options,
                 uri_of=uri_of,
                 on_lost=on_lost,
             ) as frozen:

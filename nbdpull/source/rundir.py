@@ -5,6 +5,7 @@ nbdpull-<run>/
     lock          held with flock(2) as long as the process lives, also while it is stopped
     paused        there only while this run has paused the guest (mode C's few milliseconds)
     disk<n>.raw   scratch, sparse
+    held          room that is held back, see `scratch`
     nbd.sock      made by QEMU; there as long as the server that this run started
 """
 
@@ -121,6 +122,26 @@ class RunDir:
         """Room that the scratch images take now."""
         return sum(file.stat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
 
+    def hold_back(self, size: int) -> None:
+        """Take `size` bytes of real room, until `let_go`.
+
+        Raises:
+            UsageError: the room is not there.
+        """
+        try:
+            with (self.path / "held").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as exc:
+            raise UsageError(
+                f"can't take {size} bytes in scratch folder {self.path.parent}: {exc.strerror}; make room,"
+                " or choose another folder with --scratch"
+            ) from exc
+
+    def let_go(self) -> None:
+        """Give back what `hold_back` took; never raises."""
+        with suppress(OSError):
+            (self.path / "held").unlink()
+
     def mark_paused(self, *, paused: bool) -> None:
         """Note that this run has stopped the guest, for whoever cleans up after a crash."""
         if paused:
@@ -130,6 +151,7 @@ class RunDir:
 
     def remove_scratch(self) -> None:
         """Remove the scratch images, once QEMU has let them go; never raises."""
+        self.let_go()
         for file in self.path.glob("disk*.raw"):
             with suppress(OSError):
                 file.unlink()

@@ -50,6 +50,7 @@ def test_every_exit_code_is_documented() -> None:
         ("nbdpull init", nbdpull.InitResult),
         ("nbdpull backup", nbdpull.BackupResult),
         ("nbdpull backup", nbdpull.DiskInfo),
+        ("nbdpull backup", nbdpull.GuestCost),
         ("nbdpull restore", nbdpull.RestoreResult),
         ("nbdpull restore", nbdpull.RestoredDisk),
         ("nbdpull verify", nbdpull.VerifyResult),

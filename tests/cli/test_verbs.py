@@ -43,7 +43,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     calls = replace("backup", result())
     line = (
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
-        " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3 -q"
+        " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
+        " --rate 1.5M --max-guest-delay 7 -q"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -60,6 +61,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "scratch": "/tmp/x",
                 "force": True,
                 "compression_level": 3,
+                "rate": 3 << 19,
+                "max_guest_delay_s": 7,
                 "progress": None,
             },
         )
@@ -123,6 +126,7 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
                     "reused_bytes": 0,
                 },
             ],
+            "cost": None,
             "warnings": [],
         }
 

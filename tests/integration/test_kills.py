@@ -258,23 +258,53 @@ def test_tcp_monitor(qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path) -> N
         )
 
 
+@pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
 def test_full_scratch_ends_the_backup_and_not_the_guest(
-    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path, mode: tuple[str, ...]
 ) -> None:
-    """The folder has too little room from the start: nothing may be frozen for long."""
-    disk = create_disk(tmp_path, "vda", tools=qemu_tools, size=256 * MIB)
+    """The guest overwrites 16 MiB on each disk during the backup, and there is room for four."""
     small = tmp_path / "small"
     small.mkdir()
     run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
     try:
+        with Vm(disks, tools=qemu_tools, writer=BootWriter(pause_us=0)) as vm:
+            keeper.backup(vm.uri)
+            before = vm.wait_written(10)
+            # Slow enough that the guest is always faster.
+            command = [sys.executable, "-m", "nbdpull", "backup", vm.uri, "-r", keeper.repository]
+            command += ["--scratch", str(small), "-l", "full", "--rate", "8M", *mode]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 13, done.stderr
+            assert "--scratch" in done.stderr.splitlines()[-1]
+            assert vm.status() == "running"
+            vm.wait_written(10)
+            assert vm.written() > before
+            assert not any(vm.leftovers().values())
+            assert list(small.iterdir()) == []
+            with vm.halted():
+                truth = vm.copy_disks(tmp_path / "truth")
+                result = keeper.backup(vm.uri)
+            assert [disk.level for disk in result.disks] == [Level.INCREMENTAL] * 2
+            for name, path in keeper.restore(result.backup).items():
+                compare(path, truth[name], tools=qemu_tools)
+    finally:
+        run(["umount", small])
+
+
+def test_scratch_folder_without_any_room_is_told_before_anything_is_touched(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
+    small = tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", small])
+    try:
         with Vm([disk], tools=qemu_tools) as vm:
-            vm.qemu_io("vda", "write -P 4 0 200M")
-            with pytest.raises(nbdpull.PointInTimeLostError, match="--scratch"):
+            with pytest.raises(nbdpull.UsageError, match="expected at least"):
                 nbdpull.backup(vm.uri, keeper.repository, scratch=str(small))
             assert not any(vm.leftovers().values())
             assert vm.bitmaps("vda") == {}
-            result = keeper.backup(vm.uri)
-            assert result.level is Level.FULL
+            assert list(small.iterdir()) == []
     finally:
         run(["umount", small])
 

@@ -1,0 +1,80 @@
+"""Watches the room that scratch images take, so that the guest never waits for room that is not there.
+
+    free at the start   |=========================================|
+    held back           |##########|                                 a file of real blocks
+    given up below      |#####|                                      left beside what is held back
+
+A backup job whose scratch is full makes QEMU pause the guest. So the backup ends before; and what is held
+back is let go at that moment, which is room for what the guest overwrites while the view is taken down.
+Were the guest paused all the same, its write finds room when it goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from nbdpull.errors import ScratchFullError, UsageError
+from nbdpull.source.rundir import RunDir
+
+__all__ = ["ScratchGuard"]
+
+_HELD: Final = 64 << 20
+_LEAST: Final = 1 << 20
+"""Bytes of room without which nothing is begun."""
+_POLL_S: Final = 0.05
+
+
+class ScratchGuard:
+    """Of one run's folder.
+
+    Attributes:
+        peak: most bytes that the scratch images were seen to take at once.
+    """
+
+    def __init__(self, rundir: RunDir, on_full: Callable[[ScratchFullError], None]) -> None:
+        """Hold room back.
+
+        Raises:
+            UsageError: there is too little room to begin.
+        """
+        self._rundir = rundir
+        self._on_full = on_full
+        self.peak = 0
+        free = rundir.free_bytes()
+        if free < _LEAST:
+            raise UsageError(
+                f"scratch folder {rundir.path.parent} has {free} bytes free, expected at least {_LEAST}"
+                " (and as much as the guest overwrites during the backup); make room, or choose"
+                " another folder with --scratch"
+            )
+        held = min(_HELD, free // 4)
+        rundir.hold_back(held)
+        self._low = held // 2
+
+    def check(self) -> ScratchFullError | None:
+        """Look once: the error when there is too little room to go on."""
+        self.peak = max(self.peak, self._rundir.used_bytes())
+        free = self._rundir.free_bytes()
+        if free >= self._low:
+            return None
+        return self.full(f"it has {free} bytes left, and the backup ends at {self._low}")
+
+    def full(self, found: str) -> ScratchFullError:
+        """Let go what was held back, and make the error."""
+        self._rundir.let_go()
+        return ScratchFullError(
+            f"the room in scratch folder {self._rundir.path.parent} ran out: {found}, so that the guest"
+            f" need not wait; the guest overwrote {self.peak} bytes meanwhile: choose a folder with more"
+            " room with --scratch, or back up when the guest writes less"
+        )
+
+    async def watch(self) -> None:
+        """Look until there is too little room, and tell that once."""
+        while True:
+            exc = await asyncio.to_thread(self.check)
+            if exc is not None:
+                self._on_full(exc)
+                return
+            await asyncio.sleep(_POLL_S)
