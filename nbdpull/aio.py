@@ -64,6 +64,7 @@ async def backup(
     compression_level: int = 1,
     rate: int | None = None,
     max_guest_delay_s: int | None = None,
+    audit: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -84,6 +85,9 @@ async def backup(
         rate: most bytes to read from QEMU in a second, all disks together; None for no limit.
         max_guest_delay_s: with `guest_first`, seconds that a guest's write may wait for the scratch space
             (default 45); then the backup is given up and the guest goes on. 1 to 3600.
+        audit: of each disk that is not read in full, how many frames that the bitmap calls clean, and how many
+            zeroes, are read again and compared with the repository (default 4; 0 is none). One that differs
+            makes the disk a full and is a warning. Not possible with `guest_first`.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -106,6 +110,8 @@ async def backup(
         )
     if max_guest_delay_s is not None and max_guest_delay_s not in _GUEST_DELAYS_S:
         raise UsageError(f"the guest's longest delay is {max_guest_delay_s} s; expected 1 to 3600")
+    if audit is not None and audit < 0:
+        raise UsageError(f"audit is {audit}; expected how many frames to look at, 0 or more")
     wanted = _level(level)
     include = _names("include", include)
     exclude = _names("exclude", exclude)
@@ -130,6 +136,7 @@ async def backup(
         compression_level=compression_level,
         rate=rate,
         max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
+        audit=op.AUDIT if audit is None else audit,
     )
     return await op.backup(options, progress=progress)
 

@@ -83,6 +83,12 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     help="With --guest-first: give the backup up when a write of the guest has waited so long for the"
     " scratch space (default 45).",
 )
+@click.option(
+    "--audit",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Read N frames again that the bitmap calls clean, and compare them (default 4).",
+)
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -100,6 +106,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     compression_level: int,
     rate: int | None,
     max_guest_delay: int | None,
+    audit: int | None,
 ) -> int:
     """Back up the writable disks of a running VM, all at one point in time.
 
@@ -124,6 +131,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             compression_level=compression_level,
             rate=rate,
             max_guest_delay_s=max_guest_delay,
+            audit=audit,
             progress=progress,
         )
     for warning in result.warnings:

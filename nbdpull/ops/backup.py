@@ -51,11 +51,15 @@ from nbdpull.version import __version__
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
 
-__all__ = ["GUEST_DELAY_S", "BackupOptions", "backup"]
+__all__ = ["AUDIT", "GUEST_DELAY_S", "BackupOptions", "backup"]
 
 
 _TRIED = 3
 """Earlier backups that are tried when their manifests are damaged."""
+
+
+AUDIT = 4
+"""Frames: a few milliseconds a disk; 30 incrementals find a bitmap that misses 2 % of the disk with 90 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,7 @@ class BackupOptions:
         compression_level: of zstd, 1 to 19.
         rate: most bytes to read in a second; None for no limit.
         max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
+        audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
     """
 
     source: str
@@ -92,6 +97,7 @@ class BackupOptions:
     compression_level: int = 1
     rate: int | None = None
     max_guest_delay_s: int = GUEST_DELAY_S
+    audit: int = AUDIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +316,7 @@ class _Run:
         self.chain = chain
         self.vm = vm
         self.backup_id = backup_id
-        self.chosen = chosen
+        self.chosen = list(chosen)
         self.progress = progress
         self.level = _backup_level(chosen)
         self.sessions: list[Session] = []
@@ -333,6 +339,7 @@ class _Run:
             async with self.source.freeze(info, plans, lambda _reason: self._stop()) as frozen:
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
+            lies = self._heed_audit(pulls)
             await call(self._seal)
             duration_s = time.monotonic() - clock
             summaries = await call(self._commit, pulls, began, duration_s)
@@ -341,7 +348,7 @@ class _Run:
                 await self._give_up(frozen)
             raise
         warnings = await frozen.confirm(self._obsolete())
-        return self._result(summaries, began, duration_s, frozen.cost, warnings)
+        return self._result(summaries, began, duration_s, frozen.cost, (*lies, *warnings))
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
@@ -365,6 +372,7 @@ class _Run:
                     context=served.context,
                     parent=reader,
                     session=session,
+                    audit=self.options.audit if served.whole else 0,
                 )
             )
         return pulls
@@ -385,6 +393,21 @@ class _Run:
             raise
         if frozen.lost is not None:
             raise frozen.lost
+
+    def _heed_audit(self, pulls: Sequence[DiskPull]) -> list[str]:
+        """Make fulls of the disks whose bitmap was found to lie; returns a warning for each."""
+        warnings = []
+        for number, (one, done) in enumerate(zip(self.chosen, pulls, strict=True)):
+            for lie in done.lie:
+                reason = f"its changed-block tracking can't be trusted: {lie}"
+                decision = Decision(level=Level.FULL, reason=reason)
+                self.chosen[number] = replace(one, decision=decision)
+                warnings.append(
+                    f"disk '{one.disk.name}' was read in full: {reason}; its earlier incrementals of this"
+                    " chain may miss writes"
+                )
+        self.level = _backup_level(self.chosen)
+        return warnings
 
     def _seal(self) -> None:
         for session in self.sessions:

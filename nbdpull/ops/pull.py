@@ -38,6 +38,7 @@ from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
+from nbdpull.ops.audit import Audit
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
@@ -72,6 +73,8 @@ class DiskPull:
         context: meta context of what changed; None reads everything that is not known to be zero.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
+        audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
+        lie: set when the audit found that it is wrong: then the disk was read in full.
     """
 
     name: str
@@ -80,6 +83,8 @@ class DiskPull:
     context: str | None
     parent: DiskReader | None
     session: Session
+    audit: int = 0
+    lie: list[str] = field(default_factory=list)
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -258,15 +263,48 @@ class _Pull:
                     f"export of disk '{disk.name}' has {connection.size} bytes, expected {disk.size};"
                     " the disk was resized just now, or --nbd-address names another server: try again"
                 )
-            allocation = allocation_reader(connection, strict=disk.context is not None)
             if disk.context is None:
-                self._plan_segments(disk, None, allocation)
+                self._plan_segments(disk, None, allocation_reader(connection, strict=False))
                 return
             # Its own connection: where the point in time shows changed ranges only, an error reply
             # to two contexts at once breaks the connection.
             contexts = (disk.context,)
             with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as second:
+                lie = self._audit(disk, connection, second)
+                if lie is not None:
+                    disk.lie.append(lie)
+                    self._plan_segments(disk, None, allocation_reader(connection, strict=False))
+                    return
+                allocation = allocation_reader(connection, strict=True)
                 self._plan_segments(disk, dirty_reader(second, disk.context), allocation)
+
+    def _audit(self, disk: DiskPull, connection: Connection, second: Connection) -> str | None:
+        if not disk.audit or disk.parent is None or disk.context is None:
+            return None
+        dirty = dirty_reader(second, disk.context)
+
+        def kinds_of(index: int) -> Kinds:
+            base = index * SEGMENT
+            kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
+            starts, ends, flags = dirty.read(base, min(base + SEGMENT, disk.size))
+            changed = (flags & Dirty.DIRTY) != 0
+            _mark(kinds, starts[changed], ends[changed], base, Kind.DATA)
+            return kinds
+
+        def read(offset: int, length: int) -> bytes:
+            buffer = bytearray(length)
+            connection.read_into(memoryview(buffer), offset)
+            return bytes(buffer)
+
+        audit = Audit(
+            count=disk.audit,
+            size=disk.size,
+            parent=disk.parent,
+            session=disk.session,
+            kinds_of=kinds_of,
+            read=read,
+        )
+        return audit.lie()
 
     def _plan_segments(
         self, disk: DiskPull, dirty: StatusReader | None, allocation: StatusReader

@@ -148,9 +148,13 @@ class Session:
     def _digest(self, raw: Buffer) -> bytes:
         return blake3(raw).digest() if self._keys is None else self._keys.digest(raw)
 
+    def matches(self, known: KnownFrame, raw: Buffer) -> bool:
+        """Whether these are the bytes of that frame."""
+        return len(raw) == known.length and self._digest(raw) == known.digest
+
     def refer(self, known: KnownFrame, raw: Buffer) -> bool:
         """Whether `raw` is what `known` holds; the caller then refers to it and stores nothing."""
-        if len(raw) != known.length or self._digest(raw) != known.digest:
+        if not self.matches(known, raw):
             return False
         self._count_reused(len(raw))
         return True

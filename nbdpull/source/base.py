@@ -90,11 +90,13 @@ class ServedDisk:
     Attributes:
         uri: of its export.
         context: meta context of what changed, None when the whole disk is to be read.
+        whole: whether what did not change can be read too.
     """
 
     disk: Disk
     uri: str
     context: str | None
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -290,7 +290,10 @@ class QemuPointInTime:
                 context = f"qemu:dirty-bitmap:{self._names.bitmap}"
             await self._monitor.execute("block-export-add", arguments)
             self._push(f"removing export {export}", partial(self._end_export, export))
-            served.append(ServedDisk(disk=plan.disk, uri=uri_of(export), context=context))
+            whole = context is None or not self._options.guest_first
+            served.append(
+                ServedDisk(disk=plan.disk, uri=uri_of(export), context=context, whole=whole)
+            )
         self.disks = tuple(served)
 
     # -- watching it -------------------------------------------------------------------------------

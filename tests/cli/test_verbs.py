@@ -44,7 +44,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     line = (
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
         " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
-        " --rate 1.5M --max-guest-delay 7 -q"
+        " --rate 1.5M --max-guest-delay 7 --audit 9 -q"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -63,6 +63,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "compression_level": 3,
                 "rate": 3 << 19,
                 "max_guest_delay_s": 7,
+                "audit": 9,
                 "progress": None,
             },
         )

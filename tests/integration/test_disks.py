@@ -71,6 +71,34 @@ def test_a_dirty_zeroed_range_is_not_read(
         check(keeper, vm, result, [disk], qemu_tools)
 
 
+def test_a_bitmap_that_missed_writes_is_found_out(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    """Switching a bitmap off and on again is how a careless tool loses writes."""
+    other = create_disk(tmp_path, "vdb", tools=qemu_tools)
+    with Vm([disk, other], tools=qemu_tools) as vm:
+        for name in ("vda", "vdb"):
+            vm.qemu_io(name, "write -P 1 0 32M")
+        first = keeper.backup(vm.uri)
+        lied_to = {"vda": "write -P 2 0 16M", "vdb": "write -P 2 32M 32M"}
+        for number, (name, write) in enumerate(lied_to.items()):
+            honest = vm.disks[1 - number]
+            node = vm.disk(name).node
+            (bitmap,) = (entry for entry in vm.bitmaps(name) if first.backup in entry)
+            vm.qmp("block-dirty-bitmap-disable", node=node, name=bitmap)
+            vm.qemu_io(name, write)
+            vm.qmp("block-dirty-bitmap-enable", node=node, name=bitmap)
+            vm.qemu_io(honest.name, "write -P 3 1M 64k")
+            result = keeper.backup(vm.uri, audit=100)
+            assert levels(result) == {name: "full", honest.name: "incremental"}
+            assert "can't be trusted" in reason(result, name)
+            assert f"disk '{name}'" in result.warnings[0]
+            check(keeper, vm, result, list(vm.disks), qemu_tools)
+            first = keeper.backup(vm.uri, audit=100)
+            assert set(levels(first).values()) == {"incremental"}
+            assert first.warnings == ()
+
+
 def test_hot_added_disk_is_read_in_full_alone(
     qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
 ) -> None:
