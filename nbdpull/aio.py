@@ -19,15 +19,35 @@ from nbdpull.model.results import (
     BackupInfo,
     BackupResult,
     CleanupResult,
+    ForgetResult,
+    GcResult,
     InitResult,
     Level,
     ProgressCallback,
+    ProtectResult,
+    RepackResult,
     RestoreResult,
     ShowResult,
+    UndoResult,
     VerifyResult,
 )
+from nbdpull.model.retention import Policy
 
-__all__ = ["backup", "cleanup", "init", "list_backups", "restore", "show", "verify"]
+__all__ = [
+    "backup",
+    "cleanup",
+    "forget",
+    "gc",
+    "init",
+    "list_backups",
+    "protect",
+    "repack",
+    "restore",
+    "show",
+    "undo",
+    "unprotect",
+    "verify",
+]
 
 _COMPRESSION_LEVELS = range(1, 20)
 _GUEST_DELAYS_S = range(1, 3601)
@@ -65,6 +85,7 @@ async def backup(
     rate: int | None = None,
     max_guest_delay_s: int | None = None,
     audit: int | None = None,
+    tags: Sequence[str] = (),
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -88,6 +109,7 @@ async def backup(
         audit: of each disk that is not read in full, how many frames that the bitmap calls clean, and how many
             zeroes, are read again and compared with the repository (default 4; 0 is none). One that differs
             makes the disk a full and is a warning. Not possible with `guest_first`.
+        tags: words to find it by: a retention policy can keep what carries one.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -115,6 +137,7 @@ async def backup(
     wanted = _level(level)
     include = _names("include", include)
     exclude = _names("exclude", exclude)
+    tags = _names("tags", tags)
     if not chain:
         raise UsageError("the chain has an empty name; leave it out, or give one")
     if vm is not None and not vm:
@@ -137,6 +160,7 @@ async def backup(
         rate=rate,
         max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
         audit=op.AUDIT if audit is None else audit,
+        tags=tags,
     )
     return await op.backup(options, progress=progress)
 
@@ -193,6 +217,7 @@ async def list_backups(
     vm: str | None = None,
     chain: str | None = None,
     incomplete: bool = False,
+    forgotten: bool = False,
 ) -> tuple[BackupInfo, ...]:
     """The committed backups, oldest first. A manifest that can't be read is logged as a warning.
 
@@ -201,6 +226,7 @@ async def list_backups(
         vm: only those of this VM.
         chain: only those of this chain.
         incomplete: also those that lack a disk because their run ended in the middle of its commit.
+        forgotten: also those that are forgotten and can still be brought back.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
@@ -209,7 +235,11 @@ async def list_backups(
     from nbdpull.ops import list as op
 
     options = op.ListOptions(
-        repository=os.fspath(repository), vm=vm, chain=chain, incomplete=incomplete
+        repository=os.fspath(repository),
+        vm=vm,
+        chain=chain,
+        incomplete=incomplete,
+        forgotten=forgotten,
     )
     return await op.list_backups(options)
 
@@ -297,6 +327,210 @@ async def cleanup(
         force=force,
     )
     return await op.cleanup(options, progress=progress)
+
+
+async def forget(
+    repository: str | os.PathLike[str],
+    backups: Sequence[str] = (),
+    *,
+    policy: Policy | str | None = None,
+    vm: str | None = None,
+    chain: str | None = None,
+    trust_store_time: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ForgetResult:
+    """Hide backups; `gc` deletes them when the undo window is over, and until then `undo` helps.
+
+    Args:
+        repository: where they are.
+        backups: ids or unique prefixes (or the keys of damaged manifests, as `verify` tells them); then
+            no `policy`.
+        policy: what to keep of each set of backups with the same VM, chain and disks, as a `Policy` or
+            as rules: ``"keep-last=7 keep-daily=14 keep-within=2d keep-tag=gold min-keep=3"``.
+        vm: only backups of this VM.
+        chain: only backups of this chain.
+        trust_store_time: also judge sets in which a backup was stored more than a day after it was taken,
+            as is so after copying.
+        dry_run: only tell.
+        progress: is told what happens.
+
+    Raises:
+        UsageError: neither backups nor a policy, or both, or a policy that can't be.
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits, or more than one.
+        RepositoryError: a named backup is protected; nothing was forgotten.
+    """
+    names = _names("backups", backups)
+    if isinstance(policy, str):
+        try:
+            policy = Policy.parse(policy)
+        except ValueError as exc:
+            raise UsageError(str(exc)) from exc
+    from nbdpull.ops import forget as op
+
+    options = op.ForgetOptions(
+        repository=os.fspath(repository),
+        backups=names,
+        policy=policy,
+        vm=vm,
+        chain=chain,
+        trust_store_time=trust_store_time,
+        dry_run=dry_run,
+    )
+    return await op.forget(options, progress=progress)
+
+
+async def undo(
+    repository: str | os.PathLike[str],
+    backups: Sequence[str],
+    *,
+    vm: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> UndoResult:
+    """Bring forgotten backups back.
+
+    Args:
+        repository: where they are.
+        backups: ids or unique prefixes; see `list_backups` with `forgotten`.
+        vm: only look among the backups of this VM.
+        progress: is told what happens.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits, or more than one.
+        RepositoryError: it is too late: the backup is being deleted.
+    """
+    names = _names("backups", backups)
+    from nbdpull.ops import undo as op
+
+    options = op.UndoOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    return await op.undo(options, progress=progress)
+
+
+async def protect(
+    repository: str | os.PathLike[str],
+    backups: Sequence[str],
+    *,
+    vm: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> ProtectResult:
+    """Keep backups from being forgotten, by a policy or by name, until `unprotect`.
+
+    Args:
+        repository: where they are.
+        backups: ids, unique prefixes or ``latest``.
+        vm: only look among the backups of this VM.
+        progress: is told what happens.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits, or more than one, or it is forgotten.
+    """
+    names = _names("backups", backups)
+    from nbdpull.ops import protect as op
+
+    options = op.ProtectOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    return await op.protect(options, progress=progress)
+
+
+async def unprotect(
+    repository: str | os.PathLike[str],
+    backups: Sequence[str],
+    *,
+    vm: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> ProtectResult:
+    """Let protected backups be forgotten again.
+
+    Args:
+        repository: where they are.
+        backups: ids, unique prefixes or ``latest``.
+        vm: only look among the backups of this VM.
+        progress: is told what happens.
+
+    Raises:
+        RepositoryNotFoundError: there is no repository.
+        BackupNotFoundError: no backup fits, or more than one.
+    """
+    names = _names("backups", backups)
+    from nbdpull.ops import protect as op
+
+    options = op.ProtectOptions(
+        repository=os.fspath(repository), backups=names, vm=vm, protect=False
+    )
+    return await op.protect(options, progress=progress)
+
+
+async def gc(
+    repository: str | os.PathLike[str],
+    *,
+    undo_window_s: float | None = None,
+    exclusive: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> GcResult:
+    """Delete what no backup needs: forgotten ones whose undo window is over, and what failed runs left.
+
+    Any number of collections may run at once, beside backups and restores.
+
+    Args:
+        repository: where.
+        undo_window_s: how long what was forgotten can be brought back; None is 7 days, 0 ends it now.
+        exclusive: nothing else uses the repository; needed where the store can't tell two writers apart.
+        dry_run: only tell.
+        progress: is told what happens.
+
+    Raises:
+        UsageError: `exclusive` is needed.
+        RepositoryNotFoundError: there is no repository.
+        DamagedError: what a manifest needs can't be told, so nothing was deleted.
+        StoreError: the storage failed.
+    """
+    if undo_window_s is not None and not undo_window_s >= 0:
+        raise UsageError(f"the undo window is {undo_window_s} s; expected 0 or more")
+    from nbdpull.ops import gc as op
+
+    options = op.GcOptions(
+        repository=os.fspath(repository),
+        undo_window_s=op.UNDO_WINDOW_S if undo_window_s is None else undo_window_s,
+        exclusive=exclusive,
+        dry_run=dry_run,
+    )
+    return await op.gc(options, progress=progress)
+
+
+async def repack(
+    repository: str | os.PathLike[str],
+    *,
+    vm: str | None = None,
+    ratio: float = 1.4,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> RepackResult:
+    """Rewrite packs that are mostly no longer needed; later collections then delete the old ones.
+
+    Args:
+        repository: where.
+        vm: only the backups of this VM.
+        ratio: rewrite packs that have so many bytes for each byte needed, of disks that have so in all.
+        dry_run: only tell.
+        progress: is told what happens, from other threads.
+
+    Raises:
+        UsageError: a ratio of less than 1.
+        RepositoryNotFoundError: there is no repository.
+        DamagedError: what is to be rewritten is damaged; no backup was changed.
+        StoreError: the storage failed.
+    """
+    if not ratio >= 1:
+        raise UsageError(f"the ratio is {ratio}; expected 1 or more")
+    from nbdpull.ops import repack as op
+
+    options = op.RepackOptions(
+        repository=os.fspath(repository), vm=vm, ratio=ratio, dry_run=dry_run
+    )
+    return await op.repack(options, progress=progress)
 
 
 def _level(level: str) -> Level | None:

@@ -26,10 +26,16 @@ __all__ = [
     "backup",
     "cancellable",
     "cleanup",
+    "forget",
+    "gc",
     "init",
     "list_backups",
+    "protect",
+    "repack",
     "restore",
     "show",
+    "undo",
+    "unprotect",
     "verify",
 ]
 
@@ -179,3 +185,9 @@ list_backups = _blocking(aio.list_backups)
 show = _blocking(aio.show)
 verify = _blocking(aio.verify)
 cleanup = _blocking(aio.cleanup)
+forget = _blocking(aio.forget)
+undo = _blocking(aio.undo)
+protect = _blocking(aio.protect)
+unprotect = _blocking(aio.unprotect)
+gc = _blocking(aio.gc)
+repack = _blocking(aio.repack)

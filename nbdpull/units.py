@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_duration", "format_rate", "format_size", "parse_size"]
+__all__ = ["format_duration", "format_rate", "format_size", "parse_duration", "parse_size"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _STEP = 1024
 _MINUTE_S = 60.0
 _HOUR_S = 3600.0
+_DURATIONS_S = {
+    "s": 1.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86400.0,
+    "w": 7 * 86400.0,
+    "y": 365 * 86400.0,
+}
+_DURATION = re.compile(r"([0-9]{1,9})\s*(s|min|h|d|w|y)")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGTP])(?:iB)?|B)?", re.IGNORECASE)
 
 
@@ -71,3 +80,16 @@ def parse_size(text: str) -> int:
     if rest:
         raise ValueError(f"'{text}' is no whole number of bytes")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as ``90s``, ``30min``, ``12h``, ``7d``, ``2w`` or ``1y`` (365 days).
+
+    Raises:
+        ValueError: not a duration, or one without a unit: seconds to some, days to others.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        expected = ", ".join(_DURATIONS_S)
+        raise ValueError(f"'{text}' is no duration; expected a whole number with one of {expected}")
+    return int(match[1]) * _DURATIONS_S[match[2]]

@@ -23,7 +23,21 @@ from nbdpull.model.results import InitResult
 from nbdpull.ops.backup import BackupOptions
 from nbdpull.ops.init import InitOptions
 
-VERBS = ("backup", "cleanup", "init", "list_backups", "restore", "show", "verify")
+VERBS = (
+    "backup",
+    "cleanup",
+    "forget",
+    "gc",
+    "init",
+    "list_backups",
+    "protect",
+    "repack",
+    "restore",
+    "show",
+    "undo",
+    "unprotect",
+    "verify",
+)
 
 
 class SlowInit:

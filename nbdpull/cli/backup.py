@@ -89,6 +89,13 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     metavar="N",
     help="Read N frames again that the bitmap calls clean, and compare them (default 4).",
 )
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="A word to find it by, for 'forget --keep-tag'; repeatable.",
+)
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -107,6 +114,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     rate: int | None,
     max_guest_delay: int | None,
     audit: int | None,
+    tags: tuple[str, ...],
 ) -> int:
     """Back up the writable disks of a running VM, all at one point in time.
 
@@ -132,6 +140,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             rate=rate,
             max_guest_delay_s=max_guest_delay,
             audit=audit,
+            tags=tags,
             progress=progress,
         )
     for warning in result.warnings:

@@ -20,7 +20,7 @@ def iso_time(time: float) -> str:
 
 
 def to_json(value: object) -> Json:
-    """Dataclasses become objects, tuples arrays; ``time`` is ISO 8601, ``*_s`` has milliseconds.
+    """Dataclasses become objects, tuples arrays; ``time`` and ``*_time`` are ISO 8601, ``*_s`` has milliseconds.
 
     Raises:
         TypeError: something that has no place in a result.
@@ -44,7 +44,7 @@ def to_json(value: object) -> Json:
 
 def _field(name: str, value: object) -> Json:
     if isinstance(value, int | float):
-        if name == "time":
+        if name == "time" or name.endswith("_time"):
             return iso_time(value)
         if name.endswith("_s"):
             return round(value, 3)

@@ -21,12 +21,20 @@ __all__ = ["command"]
 @vm_option
 @click.option("--chain", metavar="NAME", help="Only backups of this chain.")
 @click.option("-a", "--all", "all_", is_flag=True, help="Also backups that lack a disk.")
+@click.option(
+    "--forgotten", is_flag=True, help="Also forgotten backups, which 'undo' can still bring back."
+)
 @verb
 def command(
-    console: Console, repository: str, vm: str | None, chain: str | None, all_: bool
+    console: Console,
+    repository: str,
+    vm: str | None,
+    chain: str | None,
+    all_: bool,
+    forgotten: bool,
 ) -> int:
     """List backups, oldest first. A backup lacks a disk when its run died in the middle of its end."""
-    found = api.list_backups(repository, vm=vm, chain=chain, incomplete=True)
+    found = api.list_backups(repository, vm=vm, chain=chain, incomplete=True, forgotten=forgotten)
     shown = found if all_ else tuple(info for info in found if info.complete)
     console.result(shown, lambda: _table(found, shown), needed=True)
     hidden = len(found) - len(shown)
@@ -42,7 +50,7 @@ def _table(found: Sequence[BackupInfo], shown: Sequence[BackupInfo]) -> str:
     short = short_ids(info.backup for info in found)
     columns = ["backup", "time", "vm", "chain", "level", "parent"]
     columns += [">disks", ">size", ">read", ">stored"]
-    partial = any(not info.complete for info in shown)
+    partial = any(not info.complete or info.forgotten or info.protected for info in shown)
     if partial:
         columns.append("state")
     rows = []

@@ -19,7 +19,21 @@ from nbdpull.version import __version__
 
 __all__ = ["main", "program"]
 
-_VERBS = ("backup", "restore", "init", "list", "show", "verify", "cleanup")
+_VERBS = (
+    "backup",
+    "restore",
+    "init",
+    "list",
+    "show",
+    "verify",
+    "cleanup",
+    "forget",
+    "undo",
+    "protect",
+    "unprotect",
+    "gc",
+    "repack",
+)
 _EXIT_SIGNAL = 128
 
 

@@ -60,6 +60,7 @@ def _text(result: ShowResult) -> str:
                 ("time", local_time(info.time)),
                 ("duration", format_duration(info.duration_s)),
                 ("state", backup_state(info)),
+                ("tags", ", ".join(info.tags) or "-"),
                 ("size", format_size(result.size)),
                 ("changed", format_size(result.changed_bytes)),
                 ("read", format_size(result.read_bytes)),

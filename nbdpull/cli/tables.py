@@ -95,7 +95,12 @@ def disk_table(disks: Iterable[DiskInfo]) -> str:
 
 
 def backup_state(info: BackupInfo) -> str:
-    """``complete``, or what is missing."""
-    if info.complete:
-        return "complete"
-    return f"incomplete, without {', '.join(info.missing) or 'all of its disks'}"
+    """``complete``, or what is missing; and whether it is forgotten or protected."""
+    state = "complete"
+    if not info.complete:
+        state = f"incomplete, without {', '.join(info.missing) or 'all of its disks'}"
+    if info.forgotten:
+        state += ", forgotten"
+    if info.protected:
+        state += ", protected"
+    return state

@@ -35,6 +35,7 @@ from nbdpull.model.segment import Packs
 __all__ = [
     "HEAD_SIZE",
     "MANIFEST_MAX",
+    "REVOKED",
     "UNUSED",
     "Manifest",
     "SegmentRef",
@@ -58,13 +59,13 @@ _SUMMARY: Final = b"summary"
 _BODY: Final = b"manifest"
 
 # What a register holds when it is no manifest.
-_REVOKED: Final = b"NBDPREV1"
+REVOKED: Final = b"NBDPREV1"
 _ADOPTED: Final = b"NBDPADO1"
 
 
 def register_kind(raw: bytes) -> str:
     """``manifest``, ``revoked``, ``adopted`` or ``unknown``: what the first bytes of a register say."""
-    kinds = {_MAGIC: "manifest", _REVOKED: "revoked", _ADOPTED: "adopted"}
+    kinds = {_MAGIC: "manifest", REVOKED: "revoked", _ADOPTED: "adopted"}
     return kinds.get(raw[:8], "unknown")
 
 
@@ -83,6 +84,9 @@ class Summary:
         reused_bytes: of the disk's data read, what the repository had already and was not stored again.
         siblings: (disk id, session) of each disk of the backup, this one included.
         tool: what wrote it.
+        tags: words that `forget --keep-tag` looks for.
+        stored: when the store took in the manifest that this one replaces, seconds since the Unix epoch;
+            None when it replaces none.
     """
 
     backup: BackupId
@@ -106,6 +110,8 @@ class Summary:
     siblings: tuple[tuple[DiskId, SessionId], ...]
     tool: str
     reused_bytes: int = 0
+    tags: tuple[str, ...] = ()
+    stored: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +315,7 @@ def _summary_map(summary: Summary) -> dict[str, Any]:
     fields["time"], fields["duration_s"] = float(summary.time), float(summary.duration_s)
     fields["level"] = str(summary.level)
     fields["disk_level"] = str(summary.disk_level)
+    fields["tags"] = list(summary.tags)
     fields["siblings"] = [list(pair) for pair in summary.siblings]
     return fields
 
@@ -338,7 +345,16 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
         tool=_text(fields, "tool"),
         # Written by nobody before it was counted.
         reused_bytes=_int(fields, "reused_bytes") if "reused_bytes" in fields else 0,
+        tags=_tags(fields.get("tags", [])),
+        stored=None if fields.get("stored") is None else _float(fields, "stored"),
     )
+
+
+def _tags(value: object) -> tuple[str, ...]:
+    tags = _list(value)
+    if not all(isinstance(tag, str) for tag in tags):
+        raise FormatError("manifest has a tag that is no text")
+    return tuple(tags)
 
 
 def _sibling(entry: object) -> tuple[DiskId, SessionId]:

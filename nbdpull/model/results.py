@@ -15,15 +15,21 @@ __all__ = [
     "CleanupResult",
     "Damage",
     "DiskInfo",
+    "ForgetResult",
+    "Forgotten",
+    "GcResult",
     "GuestCost",
     "InitResult",
     "Level",
     "Progress",
     "ProgressCallback",
     "ProgressKind",
+    "ProtectResult",
+    "RepackResult",
     "RestoreResult",
     "RestoredDisk",
     "ShowResult",
+    "UndoResult",
     "VerifyResult",
 ]
 
@@ -74,6 +80,8 @@ class BackupInfo:
         time: start of the point in time.
         complete: False when the manifest of one of its disks is not there.
         missing: disks (by name where known, else by id) whose manifest is not there.
+        forgotten: it is hidden, and deleted by a collector when its undo window is over.
+        protected: nothing forgets it.
     """
 
     backup: str
@@ -86,6 +94,9 @@ class BackupInfo:
     disks: tuple[DiskInfo, ...]
     complete: bool = True
     missing: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    forgotten: bool = False
+    protected: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +257,101 @@ class CleanupResult:
 
     removed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """A backup that `forget` looked at.
+
+    Attributes:
+        time: start of the point in time, by the writer's clock.
+        stored_time: when the store took it in, by its own clock: what the policy judges by.
+        reasons: why it is kept, or dropped.
+    """
+
+    backup: str
+    vm: str
+    chain: str
+    level: Level
+    time: float
+    stored_time: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetResult:
+    """What `forget` kept and dropped, or would.
+
+    Attributes:
+        kept: empty when backups were named.
+        damaged: keys of damaged manifests that were named.
+    """
+
+    kept: tuple[Forgotten, ...] = ()
+    dropped: tuple[Forgotten, ...] = ()
+    damaged: tuple[str, ...] = ()
+    dry_run: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectResult:
+    """Backups that are protected now, or no longer."""
+
+    backups: tuple[str, ...]
+    protected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndoResult:
+    """Backups that came back, and those that were not forgotten."""
+
+    restored: tuple[str, ...]
+    unchanged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcResult:
+    """What a collection deleted, or would delete.
+
+    Attributes:
+        packs, indexes, manifests: objects of these kinds.
+        others: intents of ended sessions, and marks.
+        freed_bytes: of all of them.
+        revoked: sessions that were idle for a day and can't be committed any more.
+        live: sessions that may still be committed, whose objects were spared.
+        refused: keys that the store did not let us delete (locked, or not allowed).
+    """
+
+    packs: int
+    indexes: int
+    manifests: int
+    others: int
+    freed_bytes: int
+    revoked: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    dry_run: bool = False
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepackResult:
+    """What `repack` rewrote, or would.
+
+    Attributes:
+        backups: that were committed again; their old packs go with the next collections.
+        read_bytes, stored_bytes: frames read from sparse packs, and what was stored instead.
+        sparse_packs, sparse_bytes: packs that nothing needs any more once the old manifests are gone.
+    """
+
+    backups: tuple[str, ...]
+    sparse_packs: int
+    sparse_bytes: int
+    read_bytes: int
+    stored_bytes: int
+    dry_run: bool = False
+    duration_s: float = 0.0
 
 
 class ProgressKind(StrEnum):

@@ -81,6 +81,7 @@ class BackupOptions:
         rate: most bytes to read in a second; None for no limit.
         max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
         audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
+        tags: words to find it by, for `forget --keep-tag`.
     """
 
     source: str
@@ -98,6 +99,7 @@ class BackupOptions:
     rate: int | None = None
     max_guest_delay_s: int = GUEST_DELAY_S
     audit: int = AUDIT
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -448,6 +450,7 @@ class _Run:
                     reused_bytes=session.reused_bytes,
                     siblings=siblings,
                     tool=f"nbdpull {__version__}",
+                    tags=self.options.tags,
                 )
             )
         for session, summary in zip(self.sessions, summaries, strict=True):

@@ -24,12 +24,14 @@ class ListOptions:
         vm: only those of this VM; None for any.
         chain: only those of this chain; None for any.
         incomplete: also those that lack the manifest of a disk.
+        forgotten: also those that are forgotten and can still be brought back.
     """
 
     repository: str
     vm: str | None = None
     chain: str | None = None
     incomplete: bool = False
+    forgotten: bool = False
 
 
 async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
@@ -44,7 +46,7 @@ async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
 
 def _list(options: ListOptions) -> tuple[BackupInfo, ...]:
     repository = Repository.open(options.repository)
-    found = repository.backups()
+    found = repository.backups(forgotten=options.forgotten)
     for damage in repository.unreadable():
         # The backup it belongs to can't be told, and must not just be absent.
         _log.warning("%s", damage)
@@ -90,4 +92,7 @@ def backup_info(backup: Backup, names: Mapping[DiskId, str]) -> BackupInfo:
         ),
         complete=backup.complete,
         missing=tuple(sorted(names.get(disk, disk) for disk in backup.missing)),
+        tags=backup.tags,
+        forgotten=backup.forgotten is not None,
+        protected=backup.protected,
     )

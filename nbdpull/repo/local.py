@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdpull.errors import StoreError
-from nbdpull.repo.store import KeyExistsError, KeyMissingError, Listed, check_key
+from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
 
 __all__ = ["LocalStore", "sync_folder", "told"]
 
@@ -30,6 +30,7 @@ _TMP: Final = ".tmp-"
 _TMP_AGE_S: Final = 3600.0
 # EISDIR and ENOENT: kernels and file systems from before O_TMPFILE take it for O_DIRECTORY.
 _NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
+_OWN_FOLDERS: Final = ("d/", "x/")
 _NO_OBJECT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _HINTS: Final = {
     errno.ENOSPC: "make room and try again",
@@ -105,7 +106,12 @@ class _LocalUpload:
         path = self._path
         self._store.make_folder(path.parent)
         source = self._name or f"/proc/self/fd/{self._fd}"
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # A collector removed it, empty, since it was made or looked for.
+            self._store.make_folder(path.parent, again=True)
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # With a folder's descriptor Python calls linkat(2), which can follow the link in /proc
             # to the file without a name; plain link(2) can't.
@@ -141,10 +147,10 @@ class LocalStore:
         """Where an object is."""
         return self.root / check_key(key)
 
-    def make_folder(self, folder: Path) -> None:
-        """Make a folder of objects, and its entry durable."""
+    def make_folder(self, folder: Path, *, again: bool = False) -> None:
+        """Make a folder of objects, and its entry durable; `again` although that was done before."""
         with self._lock:
-            if folder in self._durable:
+            if folder in self._durable and not again:
                 return
         self.make_folder(folder.parent)
         with suppress(FileExistsError):
@@ -236,8 +242,15 @@ class LocalStore:
             told("delete", path),
             suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
         ):
-            path.unlink()
+            try:
+                path.unlink()
+            except PermissionError as exc:
+                raise AccessDeniedError(f"can't delete {path}: {exc.strerror}") from exc
             sync_folder(path.parent)
+        if key.startswith(_OWN_FOLDERS):
+            # Only the folder of a session is nobody else's: another one could be about to use it.
+            with suppress(OSError):
+                path.parent.rmdir()
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left where files can't be without a name (NFS, for one)."""

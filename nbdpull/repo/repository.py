@@ -4,19 +4,18 @@ Keys, every object immutable (docs/internals/format.md):
 
     nbdpull.json     settings              d/<sid>/<seq>    packs
     s/<sid>          a session's intent    x/<sid>/<n>      session index
-    m/<disk>/<sid>   manifest: the commit  t/<disk>/<sid>   tombstone
+    m/<disk>/<sid>   manifest: the commit  f/<disk>/<sid>   forgotten
+    t/<disk>/<sid>   tombstone             p/<backup>       protected
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -33,7 +32,8 @@ from nbdpull.errors import (
 from nbdpull.model.config import CONFIG_MAX, Config
 from nbdpull.model.crypto import KEY_SIZE, Kdf, new_secret
 from nbdpull.model.frame import FormatError
-from nbdpull.model.ids import BackupId, DiskId, SessionId, disk_id, is_hex, make_session_id
+from nbdpull.model.ids import SessionId, disk_id, is_hex, make_session_id
+from nbdpull.model.intent import Intent
 from nbdpull.model.keyring import DEFAULT_KDF, Ring
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import (
@@ -45,8 +45,10 @@ from nbdpull.model.manifest import (
     register_kind,
     summary_end,
 )
-from nbdpull.model.results import Level
 from nbdpull.model.sealing import KeyOpener
+from nbdpull.repo import marks as marking
+from nbdpull.repo.catalog import Backup, Entry, group
+from nbdpull.repo.collect import Collector
 from nbdpull.repo.local import LocalStore, sync_folder, told
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
@@ -61,6 +63,7 @@ from nbdpull.repo.vault import Vault
 __all__ = [
     "Backup",
     "DiskReader",
+    "Entry",
     "Found",
     "KnownFrame",
     "ParentGoneError",
@@ -76,55 +79,6 @@ _NOTHING: Final = re.compile(rf"lost\+found|key|{PROBE}[0-9a-f]{{16}}(first|race
 
 class ParentGoneError(RepositoryError):
     """The backup that was to be built on is being forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backup:
-    """The manifests of one backup.
-
-    Attributes:
-        disks: the summary of each disk that is there, by disk name.
-        missing: disk ids whose manifest is not there; a backup with any is not complete.
-    """
-
-    id: BackupId
-    disks: tuple[Summary, ...]
-    missing: tuple[DiskId, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every disk of the backup is there."""
-        return not self.missing
-
-    @property
-    def vm(self) -> str:
-        """The VM's name."""
-        return self.disks[0].vm
-
-    @property
-    def chain(self) -> str:
-        """The chain's name."""
-        return self.disks[0].chain
-
-    @property
-    def level(self) -> Level:
-        """The backup's level."""
-        return self.disks[0].level
-
-    @property
-    def parent(self) -> BackupId | None:
-        """The backup that changes were counted from."""
-        return self.disks[0].parent
-
-    @property
-    def time(self) -> float:
-        """Start of the point in time."""
-        return self.disks[0].time
-
-    @property
-    def duration_s(self) -> float:
-        """From the freeze to the commit."""
-        return self.disks[0].duration_s
 
 
 class Repository:
@@ -255,15 +209,28 @@ class Repository:
 
     # -- what is there -----------------------------------------------------------------------------
 
-    def scan(self) -> tuple[list[Summary], list[DamagedError]]:
-        """The summaries of all manifests, and what is wrong with those that can't be read."""
-        summaries: list[Summary] = []
+    def entries(self) -> tuple[list[Entry], list[DamagedError]]:
+        """All manifests without a tombstone, and what is wrong with those that can't be read.
+
+        A damaged one that is forgotten is not told of.
+        """
+        # Marks first: between the two listings a backup may be committed again and its first manifests
+        # be forgotten; so it is seen at least once.
+        return self._entries(marking.read_marks(self._store))
+
+    def _entries(self, marks: marking.Marks) -> tuple[list[Entry], list[DamagedError]]:
+        entries: list[Entry] = []
         damaged: list[DamagedError] = []
         for listed in self._store.list("m"):
+            pin = listed.key.partition("/")[2]
+            if pin in marks.tombstones:
+                continue
+            forgotten = marks.forgotten.get(pin)
             try:
                 summary = self._summary(listed.key)
             except DamagedError as exc:
-                damaged.append(exc)
+                if forgotten is None:
+                    damaged.append(exc)
                 continue
             except WrongKeyError as exc:
                 # It may be whole: but what needs it must not take it for absent.
@@ -271,8 +238,13 @@ class Repository:
                 damaged.append(DamagedError(problem, key=listed.key))
                 continue
             if summary is not None:
-                summaries.append(summary)
-        return summaries, damaged
+                entries.append(Entry(summary=summary, stored=listed.modified, forgotten=forgotten))
+        return entries, damaged
+
+    def scan(self) -> tuple[list[Summary], list[DamagedError]]:
+        """The summaries of all manifests, and what is wrong with those that can't be read."""
+        entries, damaged = self.entries()
+        return [entry.summary for entry in entries], damaged
 
     def _summary(self, key: str) -> Summary | None:
         parts = key.split("/")
@@ -310,28 +282,31 @@ class Repository:
         """What is wrong with the manifests that can't be read."""
         return self.scan()[1]
 
-    def backups(self) -> list[Backup]:
-        """All backups, oldest first, those with disks missing too."""
-        grouped: dict[BackupId, list[Summary]] = {}
-        for summary in self.summaries():
-            grouped.setdefault(summary.backup, []).append(summary)
-        found = [_group(backup, summaries) for backup, summaries in grouped.items()]
-        return sorted(found, key=lambda backup: (backup.time, backup.id))
+    def backups(self, *, forgotten: bool = False) -> list[Backup]:
+        """All backups, oldest first, those with disks missing too; on request also forgotten ones."""
+        marks = marking.read_marks(self._store)
+        found = group(self._entries(marks)[0], protected=marks.protected)
+        return [backup for backup in found if forgotten or backup.forgotten is None]
 
-    def find(self, name: str, *, vm: str | None = None) -> Backup:
+    def find(self, name: str, *, vm: str | None = None, forgotten: bool = False) -> Backup:
         """The backup with an id, a unique prefix of one, or the newest complete one for ``latest``.
+
+        `forgotten` ones are only found on request, and never as ``latest``.
 
         Raises:
             BackupNotFoundError: none, or more than one, fits.
         """
-        backups = [found for found in self.backups() if vm is None or found.vm == vm]
+        everything = [
+            found for found in self.backups(forgotten=True) if vm is None or found.vm == vm
+        ]
+        backups = [found for found in everything if forgotten or found.forgotten is None]
         of_vm = f" of VM '{vm}'" if vm is not None else ""
-        if not backups:
+        if not (everything if name != "latest" else backups):
             raise BackupNotFoundError(
                 f"repository {self.location} has no backup{of_vm}; see 'nbdpull list'"
             )
         if name == "latest":
-            complete = [found for found in backups if found.complete]
+            complete = [found for found in backups if found.complete and found.forgotten is None]
             names = sorted({found.vm for found in complete})
             if len(names) > 1:
                 raise BackupNotFoundError(
@@ -347,6 +322,11 @@ class Repository:
             ids = ", ".join(found.id for found in fitting[:8])
             raise BackupNotFoundError(f"backup '{name}' is not unique: {ids}; give more digits")
         if not fitting:
+            hidden = [found for found in everything if name and found.id.startswith(name)]
+            if hidden:
+                raise BackupNotFoundError(
+                    f"backup {hidden[0].id} is forgotten; 'nbdpull undo {hidden[0].id}' brings it back"
+                )
             raise BackupNotFoundError(
                 f"repository {self.location} has no backup '{name}'{of_vm}; see 'nbdpull list'"
             )
@@ -361,10 +341,14 @@ class Repository:
         key = f"m/{summary.disk_id}/{summary.session}"
         try:
             raw = self._store.get(key, limit=MANIFEST_MAX)
-            manifest = Manifest.decode(raw, self._opener(summary.session))
-            self._check_place(manifest.summary, manifest.repository, key)
         except KeyMissingError as exc:
             raise DamagedError(f"manifest {key} is missing", key=key) from exc
+        return self._decode(key, raw)
+
+    def _decode(self, key: str, raw: bytes) -> Manifest:
+        try:
+            manifest = Manifest.decode(raw, self._opener(SessionId(key.rpartition("/")[2])))
+            self._check_place(manifest.summary, manifest.repository, key)
         except FormatError as exc:
             raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
         return manifest
@@ -383,6 +367,8 @@ class Repository:
         parent: Manifest | None,
         like: Manifest | None = None,
         compression_level: int = 1,
+        pins: Sequence[str] = (),
+        role: str = "backup",
     ) -> Session:
         """Begin to write one disk of a backup.
 
@@ -397,29 +383,36 @@ class Repository:
                 place is not stored again. By default the parent. Passed over when it is being
                 forgotten.
             compression_level: of zstd.
+            pins: more manifests (``<disk>/<sid>``) whose packs the caller will refer to.
+            role: what the intent calls the session.
 
         Raises:
-            ParentGoneError: the parent is being forgotten; begin again without it.
+            ParentGoneError: one of them is being forgotten; begin again without it.
             StoreError: the repository can't be written.
         """
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         vault = self._vault
         keys = None if vault is None else vault.new_session(sid)
         own = disk_id(vm, disk, None if vault is None else vault.ring.digest_key)
-        like = (like or parent) if self.reuses else None
-        pins = list(dict.fromkeys(_pin(one) for one in (parent, like) if one is not None))
-        intent: dict[str, object] = {"role": "backup", "disk": own, "pins": pins}
-        if keys is None:
-            intent["host"] = socket.gethostname()
-        else:
-            # All else in it are names of objects, which whoever sees the store sees anyway.
-            intent["keys"] = keys.envelope.hex()
-        intent["time"] = time.time()
-        self._store.create(f"s/{sid}", json.dumps(intent).encode())
-        alive = {pin for pin in pins if self._there(f"m/{pin}") and not self._there(f"t/{pin}")}
-        if parent is not None and _pin(parent) not in alive:
+        # Repacking stores again what is here already: that is its purpose.
+        like = (like or parent) if self.reuses and role == "backup" else None
+        needed = [*([_pin(parent)] if parent is not None else []), *pins]
+        every = tuple(dict.fromkeys([*needed, *([_pin(like)] if like is not None else [])]))
+        intent = Intent(
+            role=role,
+            disk=own,
+            pins=every,
+            # Where it is encrypted only names of objects, which whoever sees the store sees anyway.
+            host=socket.gethostname() if keys is None else "",
+            keys=None if keys is None else keys.envelope,
+            time=time.time(),
+        )
+        self._store.create(f"s/{sid}", intent.encode())
+        alive = {pin for pin in every if self.is_alive(pin)}
+        gone = [pin for pin in needed if pin not in alive]
+        if gone:
             raise ParentGoneError(
-                f"the backup that was to be built on, m/{_pin(parent)}, is being forgotten"
+                f"the backup that was to be built on, m/{gone[0]}, is being forgotten"
             )
         table = SessionTable(parent.sessions if parent is not None else (), sid)
         source = None
@@ -445,12 +438,73 @@ class Repository:
         """
         return "single_writer" not in self.config.features.get("write", ())
 
-    def _there(self, key: str) -> bool:
-        try:
-            self._store.stat(key)
-        except KeyMissingError:
-            return False
-        return True
+    def is_alive(self, pin: str) -> bool:
+        """Whether a manifest is there, and no collector is about to delete it."""
+        return marking.there(self._store, f"m/{pin}") and not marking.there(self._store, f"t/{pin}")
+
+    def pack_sizes(self, sids: Iterable[str]) -> dict[tuple[str, int], int]:
+        """Bytes of all packs of these sessions, by session and seq."""
+        return {
+            (sid, int(listed.key.rpartition("/")[2], 16)): listed.size
+            for sid in sids
+            for listed in self._store.list(f"d/{sid}")
+        }
+
+    # -- forgetting --------------------------------------------------------------------------------
+
+    def forget(self, pins: Sequence[str], reason: str) -> None:
+        """Hide manifests; a collector deletes them when the undo window is over."""
+        marking.forget(self._store, pins, reason)
+
+    def forget_replaced(self, pins: Iterable[str]) -> None:
+        """Hide manifests whose backup was committed again, protected or not."""
+        marking.forget(self._store, pins, marking.REPLACED)
+
+    def protect(self, backup: Backup) -> None:
+        """Keep a backup from being forgotten.
+
+        Raises:
+            RepositoryError: it was forgotten just now.
+        """
+        marking.protect(self._store, backup.id, backup.pins)
+
+    def unprotect(self, backup: Backup) -> None:
+        """Let a backup be forgotten again."""
+        marking.unprotect(self._store, backup.id)
+
+    def collector(
+        self,
+        *,
+        undo_window_s: float,
+        exclusive: bool = False,
+        dry_run: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> Collector:
+        """A run of the garbage collection.
+
+        Raises:
+            UnsupportedFormatError: it needs a feature that this version does not know.
+            UsageError: the store lets only one process at a time write, and `exclusive` does not say
+                that there is no other one.
+        """
+        unknown = self.config.unknown("gc")
+        if unknown is not None:
+            raise UnsupportedFormatError(
+                f"repository {self.location} needs {unknown}, which this nbdpull does not know; use a"
+                " newer nbdpull"
+            )
+        if "single_writer" in self.config.features.get("gc", ()) and not exclusive:
+            raise UsageError(
+                f"the store of {self.location} can't tell two writers apart; make sure that nothing else"
+                " uses the repository, and give --exclusive"
+            )
+        return Collector(
+            self._store,
+            decode=self._decode,
+            undo_window_s=undo_window_s,
+            dry_run=dry_run,
+            check=check,
+        )
 
 
 def _pin(manifest: Manifest) -> str:
@@ -461,14 +515,6 @@ def _pin(manifest: Manifest) -> str:
 def _new_keys() -> tuple[bytes, bytes]:
     """A private key and a writer key."""
     return new_secret(), os.urandom(KEY_SIZE)
-
-
-def _group(backup: BackupId, summaries: Iterable[Summary]) -> Backup:
-    ordered = tuple(sorted(summaries, key=lambda summary: summary.disk))
-    there = {(summary.disk_id, summary.session) for summary in ordered}
-    wanted = {pair for summary in ordered for pair in summary.siblings}
-    missing = tuple(sorted(disk for disk, _ in wanted - there))
-    return Backup(backup, ordered, missing)
 
 
 def _folder(location: str) -> Path:

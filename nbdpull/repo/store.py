@@ -13,13 +13,25 @@ from typing import Final, Protocol
 
 from nbdpull.errors import StoreError
 
-__all__ = ["KeyExistsError", "KeyMissingError", "Listed", "Store", "Upload", "check_key"]
+__all__ = [
+    "AccessDeniedError",
+    "KeyExistsError",
+    "KeyMissingError",
+    "Listed",
+    "Store",
+    "Upload",
+    "check_key",
+]
 
 _KEY: Final = re.compile(r"[a-z0-9]+(\.json)?(/[a-z0-9]+)*")
 
 
 class KeyExistsError(StoreError):
     """`create` found the key taken."""
+
+
+class AccessDeniedError(StoreError):
+    """The store does not let us do that: locked, or not allowed with these credentials."""
 
 
 class KeyMissingError(StoreError):
@@ -102,7 +114,11 @@ class Store(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; one that is not there is no error.
+
+        Raises:
+            AccessDeniedError: it is locked, or may not be removed by us.
+        """
 
 
 def check_key(key: str) -> str:

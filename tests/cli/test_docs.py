@@ -56,6 +56,13 @@ def test_every_exit_code_is_documented() -> None:
         ("nbdpull verify", nbdpull.VerifyResult),
         ("nbdpull verify", nbdpull.Damage),
         ("nbdpull cleanup", nbdpull.CleanupResult),
+        ("nbdpull forget", nbdpull.ForgetResult),
+        ("nbdpull forget", nbdpull.Forgotten),
+        ("nbdpull undo", nbdpull.UndoResult),
+        ("nbdpull protect", nbdpull.ProtectResult),
+        ("nbdpull unprotect", nbdpull.ProtectResult),
+        ("nbdpull gc", nbdpull.GcResult),
+        ("nbdpull repack", nbdpull.RepackResult),
     ],
 )
 def test_every_json_key_is_documented(title: str, kind: type) -> None:

@@ -44,7 +44,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     line = (
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
         " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
-        " --rate 1.5M --max-guest-delay 7 --audit 9 -q"
+        " --rate 1.5M --max-guest-delay 7 --audit 9"
+        " --tag gold --tag old -q"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -64,6 +65,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "rate": 3 << 19,
                 "max_guest_delay_s": 7,
                 "audit": 9,
+                "tags": ("gold", "old"),
                 "progress": None,
             },
         )
@@ -242,7 +244,9 @@ def test_no_repository_is_10(cli: Cli, tmp_path: Path, line: str, code: int) -> 
 def test_list_as_json(cli: Cli, replace: Replace) -> None:
     calls = replace("list_backups", (info("a1" * 8, parent=None, level=nbdpull.Level.FULL), info()))
     done = cli("list", "-r", "x", "--json", "--vm", "web", "--chain", "default")
-    assert calls == [(("x",), {"vm": "web", "chain": "default", "incomplete": True})]
+    assert calls == [
+        (("x",), {"vm": "web", "chain": "default", "incomplete": True, "forgotten": False})
+    ]
     listed = json.loads(done.stdout)
     assert [one["backup"] for one in listed] == ["a1" * 8, "aa" * 8]
     assert listed[0]["parent"] is None

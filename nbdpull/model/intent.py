@@ -1,0 +1,92 @@
+"""A session's intent, `s/<sid>`: who writes, and what a collector must spare for it meanwhile.
+
+JSON, because a person who wonders what runs on a repository can read it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nbdpull.model.frame import FormatError
+from nbdpull.model.ids import is_hex
+
+__all__ = ["INTENT_MAX", "Intent", "is_pin"]
+
+INTENT_MAX: Final = 1 << 20
+"""Some 15,000 pins."""
+
+
+def is_pin(text: str) -> bool:
+    """Whether `text` is ``<disk id>/<session id>``: what follows ``m/`` in a manifest's key."""
+    disk, _, sid = text.partition("/")
+    return is_hex(disk, 32) and is_hex(sid, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """What a session says before it begins.
+
+    Attributes:
+        role: ``backup``, ``repack``, ``undo``, or ``gc``, which has no register and spares nothing.
+        disk: id of the disk whose register `m/<disk>/<sid>` it will create; empty for ``gc``.
+        pins: manifests (`is_pin`) whose packs the session may refer to.
+        host, time: for people; no host where the repository is encrypted.
+        keys: the session's sealed keys, where it is encrypted.
+    """
+
+    role: str
+    disk: str
+    pins: tuple[str, ...] = ()
+    host: str = ""
+    time: float = 0.0
+    keys: bytes | None = None
+
+    def encode(self) -> bytes:
+        """The object's bytes."""
+        fields: dict[str, object] = {
+            "role": self.role,
+            "disk": self.disk,
+            "pins": list(self.pins),
+            "time": self.time,
+        }
+        if self.host:
+            fields["host"] = self.host
+        if self.keys is not None:
+            fields["keys"] = self.keys.hex()
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Intent:
+        """The opposite of `encode`. Keys that it does not know are passed over.
+
+        Raises:
+            FormatError: it was never written by `encode`.
+        """
+        try:
+            fields: Any = json.loads(raw)
+        except (ValueError, RecursionError) as exc:
+            raise FormatError(f"it is no JSON ({exc})") from exc
+        if not isinstance(fields, dict):
+            raise FormatError("it is no JSON object")
+        role, disk, pins = fields.get("role"), fields.get("disk"), fields.get("pins")
+        if not isinstance(role, str) or not isinstance(disk, str) or not isinstance(pins, list):
+            raise FormatError("it has no 'role', 'disk' or 'pins'")
+        if not (is_hex(disk, 32) or (role == "gc" and not disk)):
+            raise FormatError("its 'disk' is no disk id")
+        if not all(isinstance(pin, str) and is_pin(pin) for pin in pins):
+            raise FormatError("it has a pin that can't be")
+        host, time, keys = fields.get("host"), fields.get("time"), fields.get("keys")
+        try:
+            envelope = bytes.fromhex(keys) if isinstance(keys, str) else None
+        except ValueError as exc:
+            raise FormatError("its 'keys' are no hex digits") from exc
+        return cls(
+            role=role,
+            disk=disk,
+            pins=tuple(pins),
+            host=host if isinstance(host, str) else "",
+            time=float(time) if isinstance(time, float) else 0.0,
+            keys=envelope,
+        )

@@ -1,0 +1,465 @@
+"""Garbage collection: any number at once, beside any number of writers, with no lock.
+
+The order of the steps is the proof; `tests/protocol/` searches every interleaving of a model of them.
+
+    1. end undo windows: t/ for what was forgotten long enough ago; read all t/: the set T
+    2. list d/ and x/               only what is listed here is ever deleted below
+    3. list s/; revoke the idle     create m/... = "revoked": one winner against the writer's commit
+    4. list m/, read the manifests
+    5. list t/ again: any that is not in T, and it begins again at 1
+    6. delete what of (2) is referred to by no manifest outside T, no live session, and no pin of one
+    7. delete the manifests of T that no live session pins, then marks and intents nobody needs
+
+A writer creates s/<sid> before anything else, and looks for t/<pin> after it. So a collector that had
+the tombstone in T also sees the session in (3), if the session got past its look: it spares the pins.
+A session that (3) does not list because it has ended is seen in (4), which comes later; one that began
+later wrote no pack that (2) listed.
+
+Step 5 is there because a listing is no instant: without it a manifest could be committed behind the
+reader's back, and the older one that it was built on be deleted by another collector before the reader
+got to it. Tombstones outlive their manifests by a year, so (5) sees whatever happened meanwhile.
+
+The clock (the store's, never this machine's) says only when an undo window is over and when a session
+is idle; if it is wrong, a backup fails loudly or an undo comes too late, and nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from nbdpull.errors import DamagedError, RepositoryError, StoreError
+from nbdpull.model.frame import FormatError
+from nbdpull.model.ids import SessionId, is_hex, make_session_id
+from nbdpull.model.intent import INTENT_MAX, Intent, is_pin
+from nbdpull.model.manifest import MANIFEST_MAX, REVOKED, Manifest, register_kind
+from nbdpull.repo.marks import REPLACED, read_marks, reason_of, there, tombstones
+from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, Store
+
+__all__ = ["Collected", "Collector"]
+
+_log = logging.getLogger(__name__)
+
+IDLE_S: Final = 24 * 3600.0
+"""A session that made no object for so long is taken for dead."""
+_HOPELESS_S: Final = 31 * 86400.0
+"""Writers commit within 30 days of their beginning, or not at all."""
+_STUB_S: Final = 366 * 86400.0
+_ROUNDS: Final = 20
+_WORKERS: Final = 8
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a run deleted, or would delete.
+
+    Attributes:
+        packs, indexes, manifests, intents, marks: objects of each kind.
+        freed_bytes: of all of them together.
+        revoked: sessions that were idle and can't commit any more.
+        live: sessions that were spared because they may still commit.
+        refused: keys that the store did not let us delete.
+    """
+
+    packs: int = 0
+    indexes: int = 0
+    manifests: int = 0
+    intents: int = 0
+    marks: int = 0
+    freed_bytes: int = 0
+    revoked: list[SessionId] = field(default_factory=list)
+    live: list[SessionId] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class _Vanished(Exception):
+    """A manifest that was listed is gone, so another collector is ahead: look again from the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A session that has an intent."""
+
+    id: SessionId
+    intent: Intent
+    listed: Listed
+    idle_s: float
+
+    @property
+    def pin(self) -> str:
+        """What names its register."""
+        return f"{self.intent.disk}/{self.id}"
+
+
+class _References:
+    """Which packs and indexes the manifests read so far refer to; it only grows."""
+
+    def __init__(self) -> None:
+        self._packs: dict[str, set[int]] = defaultdict(set)
+        self._indexes: dict[str, set[int]] = defaultdict(set)
+        self.manifests: set[str] = set()
+        self.marked: set[str] = set()  # registers that are no manifest
+
+    def add(self, pin: str, manifest: Manifest) -> None:
+        sids = [session.sid for session in manifest.sessions]
+        for session, seq in manifest.packs():
+            self._packs[sids[session]].add(seq)
+        for ref in manifest.sessions:
+            self._indexes[ref.sid].update(number for number, _ in ref.index)
+        self.manifests.add(pin)
+
+    def spares(self, key: str) -> bool:
+        kind, sid, name = key.split("/")
+        if kind == "d":
+            return int(name, 16) in self._packs.get(sid, ())
+        return int(name) in self._indexes.get(sid, ())
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What one round saw."""
+
+    doomed: frozenset[str]
+    objects: Mapping[str, Sequence[Listed]]
+    sessions: Sequence[_Session]
+    registers: Mapping[str, Listed]
+    live: frozenset[str]
+    pinned: frozenset[str]
+
+
+class Collector:
+    """One run of the collection; `run` blocks."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        decode: Callable[[str, bytes], Manifest],
+        undo_window_s: float,
+        dry_run: bool = False,
+        check: Callable[[], None] = lambda: None,
+        workers: int = _WORKERS,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            store: where.
+            decode: the manifest in a register, from its key and bytes; raises `DamagedError`.
+            undo_window_s: how long what was forgotten can be brought back.
+            dry_run: change nothing, tell what would be.
+            check: called often; what it raises ends the run, which does no harm at any point.
+            workers: threads that delete.
+        """
+        self._store = store
+        self._decode = decode
+        self._undo_window_s = undo_window_s
+        self._dry_run = dry_run
+        self._check = check
+        self._workers = workers
+        self._references = _References()
+        self._ended: set[str] = set()  # tombstones that a dry run would make
+        self._hopeless: list[Listed] = []
+        self._now = 0.0
+        self.collected = Collected()
+
+    def run(self) -> Collected:
+        """Collect.
+
+        Raises:
+            DamagedError: a manifest or an intent can't be read, so what it needs can't be told; nothing
+                was deleted.
+            RepositoryError: other collectors were ahead again and again.
+        """
+        own = self._begin()
+        try:
+            view = self._look()
+            self._delete_objects(view)
+            self._delete_manifests(view)
+            self._delete_marks(view)
+        finally:
+            if own is not None:
+                with suppress(StoreError):  # an intent without a register goes after a day
+                    self._store.delete(own)
+        return self.collected
+
+    def _begin(self) -> str | None:
+        """Ask the store for its time, with an intent that says that a collector is here."""
+        if self._dry_run:
+            self._now = time.time()
+            return None
+        sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
+        intent = Intent(role="gc", disk="", host=socket.gethostname(), time=time.time())
+        self._store.create(f"s/{sid}", intent.encode())
+        self._now = self._store.stat(f"s/{sid}").modified
+        return f"s/{sid}"
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def _look(self) -> _View:
+        for _ in range(_ROUNDS):
+            self._end_undo()
+            doomed = frozenset(tombstones(self._store)) | self._ended
+            objects = self._list_objects()
+            sessions = self._list_sessions(objects)
+            self._revoke(sessions)
+            registers = self._list_registers()
+            with suppress(_Vanished):
+                live, pinned = self._read_manifests(doomed, sessions, registers)
+                if doomed.issuperset(tombstones(self._store)):
+                    self.collected.live = sorted(SessionId(sid) for sid in live)
+                    return _View(doomed, objects, sessions, registers, live, pinned)
+            _log.debug("another collector was ahead; looking again")
+        raise RepositoryError(
+            f"other collectors were ahead {_ROUNDS} times; nothing was deleted; run it again later"
+        )
+
+    def _end_undo(self) -> None:
+        """Make what was forgotten long enough ago final: all manifests of a backup together."""
+        marks = read_marks(self._store)
+        for pin in marks.forgotten:
+            young = self._now - marks.forgotten[pin] < self._undo_window_s
+            if young or pin in marks.tombstones or pin in self._ended:
+                continue
+            members = [pin]
+            try:
+                manifest = self._manifest(pin)
+            except DamagedError:
+                manifest = None  # it stands for itself alone
+            except KeyMissingError:
+                continue
+            if manifest is not None:
+                if (
+                    manifest.summary.backup in marks.protected
+                    and reason_of(self._store, pin) != REPLACED
+                ):
+                    continue
+                members = [f"{disk}/{sid}" for disk, sid in manifest.summary.siblings]
+            # Forgetting may have been killed between two disks, and been done again later.
+            last = max(marks.forgotten[one] for one in members if one in marks.forgotten)
+            if self._now - last < self._undo_window_s:
+                continue
+            for one in members:
+                self._end(one)
+
+    def _end(self, pin: str) -> None:
+        try:
+            if register_kind(self._store.get_range(f"m/{pin}", 0, 8)) in {"revoked", "adopted"}:
+                return
+        except KeyMissingError:
+            return
+        if self._dry_run:
+            self._ended.add(pin)
+            return
+        with suppress(KeyExistsError):
+            self._store.create(f"t/{pin}", b"")
+
+    def _list_objects(self) -> Mapping[str, Sequence[Listed]]:
+        """Packs and indexes, by session."""
+        found: dict[str, list[Listed]] = defaultdict(list)
+        for prefix in ("d", "x"):
+            for listed in self._store.list(prefix):
+                parts = listed.key.split("/")
+                if len(parts) == 3 and is_hex(parts[1], 32) and _is_number(prefix, parts[2]):
+                    found[parts[1]].append(listed)
+            self._check()
+        return found
+
+    def _list_sessions(self, objects: Mapping[str, Sequence[Listed]]) -> list[_Session]:
+        sessions = []
+        for listed in list(self._store.list("s")):
+            sid = listed.key.partition("/")[2]
+            if not is_hex(sid, 32):
+                continue
+            self._check()
+            last = max([listed.modified, *(one.modified for one in objects.get(sid, ()))])
+            intent = self._intent(listed)
+            if intent is not None:
+                sessions.append(_Session(SessionId(sid), intent, listed, self._now - last))
+        return sessions
+
+    def _intent(self, listed: Listed) -> Intent | None:
+        try:
+            return Intent.decode(self._store.get(listed.key, limit=INTENT_MAX))
+        except KeyMissingError:
+            return None  # ended: its register is there, and is listed after this
+        except FormatError as exc:
+            if self._now - listed.modified > _HOPELESS_S:
+                self._hopeless.append(listed)
+                return None  # it can't commit any more, whatever it says
+            raise DamagedError(
+                f"intent {listed.key} is damaged: {exc}; what its session needs can't be told, so"
+                " nothing was collected; it is passed over 31 days after it was made",
+                key=listed.key,
+            ) from exc
+
+    def _revoke(self, sessions: Iterable[_Session]) -> None:
+        for session in sessions:
+            if session.intent.role == "gc" or session.idle_s <= IDLE_S:
+                continue
+            if self._dry_run:
+                continue
+            # Taken: it was committed, or another collector was first.
+            with suppress(KeyExistsError, AccessDeniedError):
+                self._store.create(f"m/{session.pin}", REVOKED)
+                self.collected.revoked.append(session.id)
+
+    def _list_registers(self) -> Mapping[str, Listed]:
+        found = {}
+        for listed in self._store.list("m"):
+            pin = listed.key.partition("/")[2]
+            if is_pin(pin):
+                found[pin] = listed
+        return found
+
+    def _read_manifests(
+        self,
+        doomed: Collection[str],
+        sessions: Iterable[_Session],
+        registers: Mapping[str, Listed],
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """Note what is referred to; returns the live sessions and their pins.
+
+        Raises:
+            _Vanished: a manifest is gone that was there, or a pinned one.
+        """
+        live: set[str] = set()
+        pinned: set[str] = set()
+        for session in sessions:
+            if session.intent.role == "gc" or session.pin in registers:
+                continue
+            if self._dry_run and session.idle_s > IDLE_S:
+                if session.id not in self.collected.revoked:
+                    self.collected.revoked.append(session.id)
+                continue
+            live.add(session.id)
+            pinned.update(session.intent.pins)
+            # A pin that is not there was looked for in vain, and its session does without. But if it
+            # committed while the listing was under way, its pins were free to go from then on.
+            if not registers.keys() >= set(session.intent.pins) and there(
+                self._store, f"m/{session.pin}"
+            ):
+                raise _Vanished
+        wanted = [pin for pin in registers if pin not in doomed]
+        wanted += [pin for pin in pinned if pin in registers and pin in doomed]
+        for pin in wanted:
+            self._check()
+            if pin in self._references.manifests or pin in self._references.marked:
+                continue
+            try:
+                manifest = self._manifest(pin)
+            except KeyMissingError as exc:
+                raise _Vanished from exc
+            if manifest is None:
+                self._references.marked.add(pin)
+            else:
+                self._references.add(pin, manifest)
+        return frozenset(live), frozenset(pinned)
+
+    def _manifest(self, pin: str) -> Manifest | None:
+        """The manifest of a register, None when it holds a mark instead."""
+        key = f"m/{pin}"
+        raw = self._store.get(key, limit=MANIFEST_MAX)
+        if register_kind(raw) in {"revoked", "adopted"}:
+            return None
+        try:
+            return self._decode(key, raw)
+        except DamagedError as exc:
+            raise DamagedError(
+                f"{exc}; what it refers to can't be told, so nothing was collected; if it can't be"
+                f" repaired, forget it with 'nbdpull forget {key}'",
+                key=key,
+            ) from exc
+
+    # -- deleting ----------------------------------------------------------------------------------
+
+    def _delete_objects(self, view: _View) -> None:
+        def garbage() -> Iterator[Listed]:
+            for sid, listed in view.objects.items():
+                if sid not in view.live:
+                    yield from (one for one in listed if not self._references.spares(one.key))
+
+        for one in self._delete(garbage()):
+            if one.key.startswith("d/"):
+                self.collected.packs += 1
+            else:
+                self.collected.indexes += 1
+
+    def _delete_manifests(self, view: _View) -> None:
+        gone = [
+            listed
+            for pin, listed in view.registers.items()
+            if pin in view.doomed and pin not in view.pinned
+        ]
+        self.collected.manifests += sum(1 for _ in self._delete(gone))
+
+    def _delete_marks(self, view: _View) -> None:
+        """Delete intents of ended sessions, and what a year has made useless."""
+        ended = [
+            session.listed
+            for session in view.sessions
+            if (
+                session.idle_s > IDLE_S
+                if session.intent.role == "gc"
+                else session.pin in view.registers
+            )
+        ]
+        hopeless = {listed.key: listed for listed in self._hopeless}
+        ended += hopeless.values()
+        self.collected.intents += sum(1 for _ in self._delete(ended))
+        marks = [
+            listed
+            for listed in self._store.list("f")
+            if listed.key.partition("/")[2] not in view.registers
+        ]
+        marks += [
+            listed
+            for listed in self._store.list("t")
+            if self._is_old(listed) and listed.key.partition("/")[2] not in view.registers
+        ]
+        busy = {session.id for session in view.sessions} | view.objects.keys()
+        marks += [
+            listed
+            for pin, listed in view.registers.items()
+            if pin in self._references.marked
+            and self._is_old(listed)
+            and pin.partition("/")[2] not in busy
+        ]
+        self.collected.marks += sum(1 for _ in self._delete(marks))
+
+    def _is_old(self, listed: Listed) -> bool:
+        return self._now - listed.modified > _STUB_S
+
+    def _delete(self, objects: Iterable[Listed]) -> Iterator[Listed]:
+        """Delete objects, and yield those that are gone."""
+
+        def one(listed: Listed) -> bool:
+            self._check()
+            if self._dry_run:
+                return True
+            try:
+                self._store.delete(listed.key)
+            except AccessDeniedError as exc:
+                _log.debug("%s", exc)
+                return False
+            return True
+
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="nbdpull-gc") as threads:
+            listed = list(objects)
+            for done, gone in zip(listed, threads.map(one, listed), strict=True):
+                if gone:
+                    self.collected.freed_bytes += done.size
+                    yield done
+                else:
+                    self.collected.refused.append(done.key)
+
+
+def _is_number(prefix: str, text: str) -> bool:
+    return is_hex(text, 8) if prefix == "d" else text.isascii() and text.isdigit()
