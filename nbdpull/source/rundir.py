@@ -32,6 +32,8 @@ __all__ = ["FoundRun", "RunDir", "find_run", "find_runs"]
 # sun_path of Linux is 108 bytes with its closing NUL, see unix(7).
 _SOCKET_PATH_MAX: Final = 107
 
+_RUN_JSON_MAX: Final = 64 * 1024
+
 
 class RunDir:
     """A folder made for this run; `close` removes it."""
@@ -69,8 +71,14 @@ class RunDir:
                 f"scratch folder {base} is too deep: a socket's path has at most {_SOCKET_PATH_MAX}"
                 f" bytes; choose a shorter one with --scratch"
             )
+        refused = f"can't use {base} for scratch images"
         try:
             path.mkdir(mode=0o700)
+        except OSError as exc:
+            raise UsageError(
+                f"{refused}: {exc.strerror}; choose a writable folder with --scratch"
+            ) from exc
+        try:
             lock = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             made = cls(path, lock)
@@ -82,10 +90,18 @@ class RunDir:
         except OSError as exc:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(
-                f"can't use {base} for scratch images: {exc.strerror}; choose a writable folder with"
-                " --scratch"
+                f"{refused}: {exc.strerror}; choose a writable folder with --scratch"
             ) from exc
         return made
+
+    def _make(self, name: str) -> int:
+        """A new, empty file in the folder, open for writing.
+
+        Never through what is there already: the folder may belong to QEMU's user, and a QEMU that its
+        guest took over could put a link there for root to write through.
+        """
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        return os.open(self.path / name, flags, 0o600)
 
     @property
     def socket(self) -> str:
@@ -100,7 +116,7 @@ class RunDir:
         """
         path = self.path / f"disk{index}.raw"
         try:
-            with path.open("wb") as file:
+            with os.fdopen(self._make(path.name), "wb") as file:
                 os.truncate(file.fileno(), size)
                 owner = self.path.stat()
                 if os.geteuid() == 0 and owner.st_uid != 0:
@@ -120,7 +136,7 @@ class RunDir:
 
     def used_bytes(self) -> int:
         """Room that the scratch images take now."""
-        return sum(file.stat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
+        return sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
 
     def hold_back(self, size: int) -> None:
         """Take `size` bytes of real room, until `let_go`.
@@ -129,7 +145,7 @@ class RunDir:
             UsageError: the room is not there.
         """
         try:
-            with (self.path / "held").open("wb") as file:
+            with os.fdopen(self._make("held"), "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
         except OSError as exc:
             raise UsageError(
@@ -145,7 +161,8 @@ class RunDir:
     def mark_paused(self, *, paused: bool) -> None:
         """Note that this run has stopped the guest, for whoever cleans up after a crash."""
         if paused:
-            (self.path / "paused").touch()
+            with suppress(FileExistsError):
+                os.close(self._make("paused"))
         else:
             (self.path / "paused").unlink(missing_ok=True)
 
@@ -210,19 +227,30 @@ def find_run(path: Path) -> FoundRun | None:
             alive = True
     finally:
         os.close(lock)
-    described: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        loaded = json.loads((path / "run.json").read_text())
-        described = loaded if isinstance(loaded, dict) else {}
+    described = _described(path)
+    source, chain, pid = (described.get(name) for name in ("source", "chain", "pid"))
     return FoundRun(
         path=path,
         alive=alive,
         paused=(path / "paused").exists(),
         server=(path / "nbd.sock").is_socket(),
-        source=described.get("source"),
-        chain=described.get("chain"),
-        pid=described.get("pid"),
+        source=source if isinstance(source, str) else None,
+        chain=chain if isinstance(chain, str) else None,
+        pid=pid if isinstance(pid, int) else None,
     )
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where it is no short file of JSON. QEMU's user may have written it."""
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(path / "run.json", flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return {}
+            loaded = json.loads(file.read(_RUN_JSON_MAX))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def find_runs(parent: str | None) -> Iterator[FoundRun]:
