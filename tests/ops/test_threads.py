@@ -1,0 +1,143 @@
+"""Threads below an async call: none outlives it, and the first real failure is the one that is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from nbdpull.nbdio.connection import Cancelled
+from nbdpull.ops.threads import call, in_thread, run_all, worker_count
+
+
+def test_result_and_error_come_back() -> None:
+    async def run() -> int:
+        with pytest.raises(ZeroDivisionError):
+            await call(lambda: 1 // 0)
+        return await call(divmod, 7, 4) == (1, 3) and await in_thread(lambda _cancel: 5)
+
+    assert asyncio.run(run()) == 5
+
+
+def test_the_loop_goes_on_meanwhile() -> None:
+    async def run() -> None:
+        gate = threading.Event()
+        task = asyncio.ensure_future(call(gate.wait, 30))
+        await asyncio.sleep(0)
+        gate.set()  # it would never be, were the loop held up
+        assert await task
+
+    asyncio.run(run())
+
+
+def cancelled_in_the_middle(
+    work: Callable[[threading.Event, threading.Event], object], *, times: int = 1
+) -> BaseException:
+    """What comes out of `in_thread(work)` when it is cancelled once `work` has set its first event."""
+    caught: list[BaseException] = []
+
+    async def watched(begun: threading.Event) -> None:
+        try:
+            await in_thread(lambda cancel: work(begun, cancel))
+        except BaseException as exc:
+            caught.append(exc)
+            raise
+
+    async def run() -> None:
+        begun = threading.Event()
+        task = asyncio.ensure_future(watched(begun))
+        await asyncio.to_thread(begun.wait)
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(run())
+    return caught[0]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_cancelled_call_waits_until_its_thread_has_cleaned_up(times: int) -> None:
+    done: list[str] = []
+
+    def work(begun: threading.Event, cancel: threading.Event) -> None:
+        begun.set()
+        assert cancel.wait(30)
+        threading.Event().wait(0.05)
+        done.append("cleaned up")
+        raise Cancelled
+
+    raised = cancelled_in_the_middle(work, times=times)
+    assert isinstance(raised, asyncio.CancelledError)
+    assert done == ["cleaned up"]
+    assert all(thread.name != "nbdpull" for thread in threading.enumerate())
+
+
+def test_failed_clean_up_is_the_cause_of_the_cancellation() -> None:
+    def work(begun: threading.Event, cancel: threading.Event) -> None:
+        begun.set()
+        cancel.wait(30)
+        raise OSError("not cleaned up")
+
+    raised = cancelled_in_the_middle(work)
+    assert isinstance(raised, asyncio.CancelledError)
+    assert str(raised.__cause__) == "not cleaned up"
+
+
+def test_result_that_came_although_cancelled_is_no_result() -> None:
+    def work(begun: threading.Event, cancel: threading.Event) -> int:
+        begun.set()
+        cancel.wait(30)
+        return 7
+
+    assert isinstance(cancelled_in_the_middle(work), asyncio.CancelledError)
+
+
+def test_all_run_at_once_and_to_their_end() -> None:
+    barrier = threading.Barrier(5, timeout=30)
+    ended: list[int] = []
+
+    def work() -> None:
+        ended.append(barrier.wait())
+
+    run_all([work] * 5, threading.Event())
+    assert sorted(ended) == [0, 1, 2, 3, 4]
+
+
+def test_first_real_failure_stops_the_others_and_is_raised() -> None:
+    cancel = threading.Event()
+    ended: list[bool] = []
+
+    def waits() -> None:
+        ended.append(cancel.wait(30))
+        raise Cancelled
+
+    def fails() -> None:
+        raise KeyError("the reason")
+
+    with pytest.raises(KeyError, match="the reason"):
+        run_all([waits, waits, fails], cancel)
+    assert ended == [True, True]
+
+
+def test_cancelled_from_outside_is_told_as_that() -> None:
+    cancel = threading.Event()
+    cancel.set()
+
+    def work() -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run_all([work] * 3, cancel)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 2), (2, 4), (8, 16), (64, 16)])
+def test_workers_are_counted_by_the_cores_that_may_be_used(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    assert worker_count() == workers
