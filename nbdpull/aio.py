@@ -69,7 +69,7 @@ async def init(repository: str | os.PathLike[str]) -> InitResult:
 
 
 async def backup(
-    source: str,
+    source: str | Sequence[str],
     repository: str | os.PathLike[str],
     *,
     level: Level | Literal["auto", "full", "incremental", "differential", "copy"] = "auto",
@@ -91,10 +91,12 @@ async def backup(
     """Back up a running VM's disks at one point in time.
 
     Args:
-        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port`` of a running VM, or
+            ``disk:[NAME=]/path/to/image`` of one that is shut down: several of these are one VM.
         repository: where it goes.
         level: what to read; ``auto`` is incremental where the chain allows it, else full.
-        vm: what to call the VM; None asks QEMU for its name, else its UUID.
+        vm: what to call the VM; None asks QEMU for its name, else its UUID, and images for the VM that
+            they were backed up as.
         include: names of the disks to back up; none means all writable ones.
         exclude: names of disks to leave out.
         chain: lineage to go on with; chains of one VM don't disturb each other.
@@ -145,7 +147,7 @@ async def backup(
     from nbdpull.ops import backup as op
 
     options = op.BackupOptions(
-        source=source,
+        source=_sources(source),
         repository=os.fspath(repository),
         level=wanted,
         vm=vm,
@@ -295,17 +297,17 @@ async def verify(
 
 
 async def cleanup(
-    source: str,
+    source: str | Sequence[str],
     *,
     repository: str | os.PathLike[str] | None = None,
     scratch: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> CleanupResult:
-    """Remove from QEMU what a killed backup left there; what belongs to others stays.
+    """Remove from QEMU, or images, what a killed backup left there; what belongs to others stays.
 
     Args:
-        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        source: as of `backup`.
         repository: when given, checkpoints of backups that are durable there stay, so that the next
             incremental can use them.
         scratch: folder that the backup was told to use.
@@ -321,7 +323,7 @@ async def cleanup(
     from nbdpull.ops import cleanup as op
 
     options = op.CleanupOptions(
-        source=source,
+        source=_sources(source),
         repository=None if repository is None else os.fspath(repository),
         scratch=None if scratch is None else os.fspath(scratch),
         force=force,
@@ -541,6 +543,10 @@ def _level(level: str) -> Level | None:
     except ValueError:
         expected = ", ".join(("auto", *Level))
         raise UsageError(f"level is '{level}'; expected one of {expected}") from None
+
+
+def _sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    return (source,) if isinstance(source, str) else tuple(source)
 
 
 def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:

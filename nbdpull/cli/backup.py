@@ -21,7 +21,7 @@ _ALIASES = {"inc": "incremental", "diff": "differential"}
 _Level = Literal["auto", "full", "incremental", "differential", "copy"]
 
 
-@click.command("backup", short_help="Back up a running VM.")
+@click.command("backup", short_help="Back up a VM.")
 @source_argument
 @repository_option()
 @click.option(
@@ -47,7 +47,10 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     help="The chain to go on with. Chains of one VM don't disturb each other.",
 )
 @click.option(
-    "--vm", metavar="NAME", help="What to call the VM; by default its name in QEMU, or its UUID."
+    "--vm",
+    metavar="NAME",
+    help="What to call the VM; by default its name in QEMU or its UUID, or what images were backed up"
+    " as before.",
 )
 @click.option(
     "--guest-first",
@@ -99,7 +102,7 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
-    source: str,
+    source: tuple[str, ...],
     repository: str,
     level: str,
     include: tuple[str, ...],
@@ -116,12 +119,15 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     audit: int | None,
     tags: tuple[str, ...],
 ) -> int:
-    """Back up the writable disks of a running VM, all at one point in time.
+    """Back up the writable disks of a VM, all at one point in time.
 
-    SOURCE is its QMP monitor: qmp:/path/to/socket or qmp+tcp://host:port. The monitor serves one
-    client at a time, so give QEMU one for nbdpull alone:
+    SOURCE of a running VM is its QMP monitor: qmp:/path/to/socket or qmp+tcp://host:port. The monitor
+    serves one client at a time, so give QEMU one for nbdpull alone:
 
       -qmp unix:/path/to/socket,server=on,wait=off
+
+    SOURCE of a VM that is shut down is all its images: disk:NAME=/path/to/image, NAME as the disk is
+    called while the VM runs. Without NAME= an image is known by the checkpoint that is in it.
     """
     with show_progress(console) as progress:
         result = api.backup(

@@ -13,16 +13,20 @@ from nbdpull.model.results import CleanupResult
 __all__ = ["command"]
 
 
-@click.command("cleanup", short_help="Remove what a killed backup left in QEMU.")
+@click.command("cleanup", short_help="Remove what a killed backup left.")
 @source_argument
 @repository_option(needed=False)
 @click.option("--scratch", metavar="FOLDER", help="The folder that the backup was told to use.")
 @click.option("--force", is_flag=True, help="Also take away what a run that is alive uses.")
 @verb
 def command(
-    console: Console, source: str, repository: str | None, scratch: str | None, force: bool
+    console: Console,
+    source: tuple[str, ...],
+    repository: str | None,
+    scratch: str | None,
+    force: bool,
 ) -> int:
-    """Remove what killed runs left in the QEMU at SOURCE, and nothing of others.
+    """Remove what killed runs left in the QEMU, or the images, at SOURCE, and nothing of others.
 
     The next backup does so by itself. Give the repository too, so that checkpoints which its backups
     can still be counted from stay.

@@ -63,8 +63,8 @@ def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
 
 
 def source_argument(function: _F) -> _F:
-    """SOURCE."""
-    return click.argument("source", metavar="SOURCE")(function)
+    """SOURCE: one, or all images of a VM."""
+    return click.argument("source", metavar="SOURCE...", nargs=-1, required=True)(function)
 
 
 def vm_option(function: _F) -> _F:

@@ -42,7 +42,7 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
-from nbdpull.source.base import Disk, DiskPlan, PointInTime, RunInfo, Source
+from nbdpull.source.base import Disk, DiskPlan, Known, KnownDisk, PointInTime, RunInfo, Source
 from nbdpull.source.fleecing import GUEST_DELAY_S, QemuOptions
 from nbdpull.source.names import chain_id, checkpoint_name, checkpoint_parts
 from nbdpull.source.open import check_source, open_source
@@ -67,7 +67,7 @@ class BackupOptions:
     """What to back up, where to, and how.
 
     Attributes:
-        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        source: URIs: one monitor, or the images of one VM; see docs/sources.md.
         repository: its location.
         level: None is incremental where the chain allows it, else full.
         vm: what to call the VM; None asks QEMU for its name, else its UUID.
@@ -84,7 +84,7 @@ class BackupOptions:
         tags: words to find it by, for `forget --keep-tag`.
     """
 
-    source: str
+    source: tuple[str, ...]
     repository: str
     level: Level | None = None
     vm: str | None = None
@@ -224,6 +224,16 @@ def _backup_level(chosen: Sequence[_Chosen]) -> Level:
     return next((level for level in levels if level is not Level.FULL), Level.FULL)
 
 
+def _known_disks(repository: Repository, vm: str | None) -> Known:
+    """What the repository's backups, of one VM or all, know of checkpoints that are found."""
+    by_checkpoint: dict[str, list[KnownDisk]] = {}
+    for summary in repository.summaries():
+        if summary.checkpoint is not None and vm in {None, summary.vm}:
+            disk = KnownDisk(vm=summary.vm, disk=summary.disk, size=summary.size)
+            by_checkpoint.setdefault(summary.checkpoint, []).append(disk)
+    return lambda names: [disk for name in names for disk in by_checkpoint.get(name, ())]
+
+
 async def _recover(
     source: Source, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
 ) -> None:
@@ -253,13 +263,6 @@ async def backup(
         RepositoryNotFoundError: no repository there.
         SourceError, RepositoryError: the backup failed, and costs nothing but its own work.
     """
-    check_source(options.source)
-    repository = await call(Repository.open, options.repository, write=True)
-
-    def say(text: str) -> None:
-        if progress is not None:
-            progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
-
     qemu = QemuOptions(
         guest_first=options.guest_first,
         nbd_address=options.nbd_address,
@@ -267,7 +270,15 @@ async def backup(
         force=options.force,
         max_guest_delay_s=options.max_guest_delay_s,
     )
-    async with open_source(options.source, qemu) as source:
+    check_source(options.source, qemu)
+    repository = await call(Repository.open, options.repository, write=True)
+
+    def say(text: str) -> None:
+        if progress is not None:
+            progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
+
+    known = await call(_known_disks, repository, options.vm)
+    async with open_source(options.source, qemu, known=known) as source:
         vm = options.vm
         if vm is None:
             vm, warning = await source.vm_name()
@@ -287,7 +298,7 @@ async def backup(
                 )
                 decision = replace(decision, reason=reason)
             checkpoint = None
-            if decision.level is not Level.COPY:
+            if decision.level is not Level.COPY and disk.records:
                 checkpoint = checkpoint_name(chain.id, backup_id)
             chosen.append(
                 _Chosen(

@@ -1,4 +1,4 @@
-"""cleanup: remove from QEMU what a killed backup left there, and nothing else."""
+"""cleanup: remove from a source what a killed backup left there, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from nbdpull.model.results import CleanupResult, ProgressCallback
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
-from nbdpull.source.address import parse_source
-from nbdpull.source.leftovers import sweep
-from nbdpull.source.qmp import open_monitor
+from nbdpull.source.fleecing import QemuOptions
+from nbdpull.source.open import check_source, open_source
 
 __all__ = ["CleanupOptions", "cleanup"]
 
@@ -19,14 +18,14 @@ class CleanupOptions:
     """What to clean.
 
     Attributes:
-        source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port``.
+        source: URIs, see docs/sources.md.
         repository: when given, checkpoints of backups that are durable there are kept although their run
             died before it could say so; else they go, and the next backup reads more.
         scratch: where runs keep their folders; None for the system's temporary folder.
         force: also take away what a live (or stopped) run still uses.
     """
 
-    source: str
+    source: tuple[str, ...]
     repository: str | None = None
     scratch: str | None = None
     force: bool = False
@@ -40,20 +39,16 @@ async def cleanup(
     """Remove dead runs' exports, jobs, nodes, bitmaps, scratch and NBD server; a second call does nothing.
 
     Raises:
-        MonitorInUseError, MonitorError: QEMU can't be asked.
+        InUseError, SourceError: the source can't be asked.
         RepositoryNotFoundError: `repository` was given and is none.
     """
-    address = parse_source(options.source)
+    qemu = QemuOptions(scratch=options.scratch)
+    check_source(options.source, qemu)
     durable: frozenset[str] = frozenset()
     if options.repository is not None:
         repository = await call(Repository.open, options.repository)
         backups = await call(repository.backups)
         durable = frozenset(found.id for found in backups if found.complete)
-    async with open_monitor(address) as monitor:
-        swept = await sweep(
-            monitor,
-            scratch=options.scratch,
-            force=options.force,
-            committed=lambda _chain, backup: backup in durable,
-        )
+    async with open_source(options.source, qemu) as source:
+        swept = await source.sweep(lambda _chain, backup: backup in durable, force=options.force)
     return CleanupResult(removed=tuple(swept.removed), kept=tuple(swept.kept))

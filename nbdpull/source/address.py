@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from nbdpull.errors import UsageError
 
-__all__ = ["MonitorAddress", "parse_source"]
+__all__ = ["ImageAddress", "MonitorAddress", "SourceAddress", "parse_source"]
 
-_FORMS = "qmp:/path/to/socket or qmp+tcp://host:port"
+_FORMS: Final = "qmp:/path/to/socket, qmp+tcp://host:port or disk:/path/to/image"
+_FORMATS: Final = frozenset({"qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"})
+# disk:[NAME=]PATH; a name has no slash, so that a path with '=' in it can always be written.
+_DISK: Final = re.compile(r"disk(?:\+([a-z0-9]+))?:(?:([^/=]*)=)?(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +33,72 @@ class MonitorAddress:
         return f"qmp:{self.path}" if self.path else f"qmp+tcp://{self.host}:{self.port}"
 
 
-def parse_source(source: str) -> MonitorAddress:
-    """Understand ``qmp:/path``, ``qmp:///path`` or ``qmp+tcp://host:port``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageAddress:
+    """A disk image that no QEMU has open.
+
+    Attributes:
+        path: absolute.
+        format: as ``qemu-img -f`` takes it; None is told by the file's name.
+        name: of the disk; None is found out.
+    """
+
+    path: str
+    format: str | None
+    name: str | None
+
+
+SourceAddress = MonitorAddress | tuple[ImageAddress, ...]
+"""What a whole SOURCE names: one monitor, or the images of one VM."""
+
+
+def parse_source(sources: Sequence[str]) -> SourceAddress:
+    """Understand ``qmp:/path``, ``qmp:///path``, ``qmp+tcp://host:port``, or one ``disk:`` or more.
+
+    Raises:
+        UsageError: any other form, several monitors, two disks of one name or file.
+    """
+    if not sources:
+        raise UsageError(f"no source is given; expected {_FORMS}")
+    disks = [source for source in sources if source.startswith(("disk:", "disk+"))]
+    if len(disks) == len(sources):
+        images = tuple(map(_image, sources))
+        _check_twice("disk", [image.name for image in images if image.name is not None])
+        _check_twice("image", [image.path for image in images])
+        return images
+    if len(sources) > 1:
+        raise UsageError(
+            f"{len(sources)} sources are given; a backup is of one VM: one monitor, or its images as"
+            " several disk:NAME=/path/to/image"
+        )
+    return _monitor(sources[0])
+
+
+def _check_twice(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{what} '{name}' is given {names.count(name)} times; expected once")
+
+
+def _image(source: str) -> ImageAddress:
+    found = _DISK.fullmatch(source)
+    if found is None or found[2] == "":
+        raise UsageError(
+            f"source '{source}' is not understood; expected disk:[NAME=]/path/to/image"
+        )
+    image_format = found[1]
+    if image_format is not None and image_format not in _FORMATS:
+        raise UsageError(
+            f"source '{source}' has the format '{image_format}'; expected one of"
+            f" {', '.join(sorted(_FORMATS))}"
+        )
+    # Absolute: QEMU takes "json:..." and "nbd:..." as something else than a path, "/..." never. And
+    # without symbolic links, so that one file has one name.
+    return ImageAddress(path=str(Path(found[3]).resolve()), format=image_format, name=found[2])
+
+
+def _monitor(source: str) -> MonitorAddress:
+    """One monitor.
 
     Raises:
         UsageError: any other form, or a host that is not this machine. The scratch images and the NBD
@@ -48,7 +119,10 @@ def parse_source(source: str) -> MonitorAddress:
             )
         return MonitorAddress(host=parts.hostname, port=port)
     if not parts.scheme and source.startswith(("/", ".")):
-        raise UsageError(f"source '{source}' has no scheme; write 'qmp:{source}' for a QMP socket")
+        raise UsageError(
+            f"source '{source}' has no scheme; write 'qmp:{source}' for a QMP socket, or"
+            f" 'disk:{source}' for a disk image"
+        )
     raise UsageError(f"source '{source}' is not understood; expected {_FORMS}")
 
 

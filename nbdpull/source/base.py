@@ -1,6 +1,6 @@
 """What every kind of source offers: disks with their bitmaps, and points in time of them.
 
-    open_source(uri) -> Source -> disks(), sweep()
+    open_source(uris) -> Source -> disks(), sweep()
                            |
                         freeze(plans) -> PointInTime -> NBD exports, until the context ends
                                              |
@@ -11,7 +11,7 @@ Nothing that an earlier backup relies on goes away before `confirm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -25,6 +25,8 @@ __all__ = [
     "Committed",
     "Disk",
     "DiskPlan",
+    "Known",
+    "KnownDisk",
     "LiveRun",
     "OnLost",
     "PointInTime",
@@ -42,6 +44,25 @@ GRANULARITY: Final = 65536
 Committed = Callable[[str, str], bool]
 """Told a chain's id and a backup's id, whether that backup may be durable."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownDisk:
+    """A disk of an earlier backup.
+
+    Attributes:
+        vm, disk: their names.
+        size: bytes.
+    """
+
+    vm: str
+    disk: str
+    size: int
+
+
+Known = Callable[[Collection[str]], Sequence[KnownDisk]]
+"""Told the names of bitmaps that were found together, which disks of earlier backups have checkpoints
+of these names."""
+
 OnLost = Callable[[PointInTimeLostError], None]
 """Called in the event loop when a point in time breaks while it is in use."""
 
@@ -54,11 +75,13 @@ class Disk:
         name: what the user calls it.
         size: bytes.
         bitmaps: its dirty bitmaps, by name.
+        records: whether a checkpoint can be kept on it.
     """
 
     name: str
     size: int
     bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
+    records: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +187,19 @@ class Source(Protocol):
     """An open source of disks: one VM, in whatever way it is reached."""
 
     async def vm_name(self) -> tuple[str, str | None]:
-        """What the VM is called, and a warning where that is not unique."""
+        """What the VM is called, and a warning where that is not unique.
 
-    async def sweep(self, committed: Committed) -> Swept:
-        """Remove what runs that are no more left; see `nbdpull.source.leftovers`."""
+        Raises:
+            UsageError: nothing tells.
+        """
+
+    async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
+        """Remove what runs that are no more left; see `nbdpull.source.leftovers`.
+
+        Args:
+            committed: its checkpoint stays although its run never confirmed it, a sound base.
+            force: take away runs that still live, too.
+        """
 
     async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[Disk]:
         """The disks to back up.

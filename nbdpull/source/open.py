@@ -1,40 +1,66 @@
-"""SOURCE, the first argument of a backup, becomes an open source: one kind for each URI scheme."""
+"""SOURCE, the first arguments of a backup, become an open source: one kind for each URI scheme."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from nbdpull.source.address import parse_source
-from nbdpull.source.base import Source
+from nbdpull.errors import UsageError
+from nbdpull.source.address import MonitorAddress, SourceAddress, parse_source
+from nbdpull.source.base import Known, Source
 from nbdpull.source.fleecing import QemuOptions
+from nbdpull.source.offline import OfflineSource
 from nbdpull.source.qemu import QemuSource
 from nbdpull.source.qmp import open_monitor
 
 __all__ = ["check_source", "open_source"]
 
 
-def check_source(uri: str) -> None:
-    """Look at a source's URI before anything is touched.
+def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
+    """What the URIs name, looked at before anything is touched.
 
     Raises:
-        UsageError: it can't be.
+        UsageError: they can't be, or the options are for another kind of source.
     """
-    parse_source(uri)
+    address = parse_source(sources)
+    if not isinstance(address, MonitorAddress):
+        for option, given in (
+            ("--guest-first", qemu.guest_first),
+            ("--nbd-address", qemu.nbd_address is not None),
+        ):
+            if given:
+                raise UsageError(
+                    f"{option} is about a running QEMU, and the source is '{sources[0]}'; leave it out"
+                )
+    return address
 
 
 @asynccontextmanager
-async def open_source(uri: str, qemu: QemuOptions) -> AsyncIterator[Source]:
-    """Connect to whatever `uri` names, as long as the context lasts.
+async def open_source(
+    sources: Sequence[str], qemu: QemuOptions, *, known: Known = lambda _names: ()
+) -> AsyncIterator[Source]:
+    """Connect to whatever `sources` name, as long as the context lasts.
+
+    Args:
+        sources: URIs.
+        qemu: how to freeze a point in time, where that is QEMU's business.
+        known: which disks of earlier backups checkpoints belong to.
 
     Raises:
         UsageError: no such kind of source.
         InUseError, SourceError: it can't be reached.
     """
-    address = parse_source(uri)
-    async with open_monitor(address) as monitor:
-        source = QemuSource(monitor, qemu)
-        try:
-            yield source
-        finally:
-            await source.close()
+    address = check_source(sources, qemu)
+    if isinstance(address, MonitorAddress):
+        async with open_monitor(address) as monitor:
+            source = QemuSource(monitor, qemu)
+            try:
+                yield source
+            finally:
+                await source.close()
+        return
+    offline = OfflineSource(address, scratch=qemu.scratch, known=known)
+    try:
+        yield offline
+    finally:
+        await offline.close()

@@ -61,9 +61,11 @@ class QemuSource:
         """See `Source.vm_name`."""
         return await vm_name(self._monitor)
 
-    async def sweep(self, committed: Committed) -> Swept:
+    async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
         """See `Source.sweep`."""
-        return await sweep(self._monitor, scratch=self._options.scratch, committed=committed)
+        return await sweep(
+            self._monitor, scratch=self._options.scratch, committed=committed, force=force
+        )
 
     async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[QemuDisk]:
         """See `Source.disks`."""

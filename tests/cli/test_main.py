@@ -89,7 +89,7 @@ def test_no_verb_shows_help_and_is_a_usage_error(cli: Cli) -> None:
             ["backup", "qmp:/s", "--lvel", "full"],
             "there is no option '--lvel'; did you mean '--level'; see 'nbdpull backup --help'",
         ),
-        (["backup", "-r", "x"], "missing argument 'SOURCE'"),
+        (["backup", "-r", "x"], "missing argument 'SOURCE...'"),
         (["backup", "qmp:/s", "-r", "x", "-l", "most"], "'most' is not one of 'auto', 'full'"),
         (["backup", "qmp:/s", "-r", "x", "--compression-level", "20"], "20 is not in the range"),
         (["restore", "latest", "-r", "x"], "missing option '--to'"),

@@ -50,7 +50,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     assert cli(*line.split()).exit_code == 0
     assert calls == [
         (
-            ("qmp:/s", "repo"),
+            (("qmp:/s",), "repo"),
             {
                 "level": "differential",
                 "include": ("a", "b"),
@@ -423,7 +423,7 @@ def test_cleanup(cli: Cli, replace: Replace) -> None:
     assert done.exit_code == 0
     assert done.stdout == "removed export e0\nkept job j: busy\n"
     (args, options), *_ = calls
-    assert args == ("qmp:/s",)
+    assert args == (("qmp:/s",),)
     assert options.pop("progress") is not None
     assert options == {"repository": "repo", "scratch": "/tmp/x", "force": True}
     assert json.loads(cli("cleanup", "qmp:/s", "--json").stdout) == {

@@ -19,7 +19,9 @@ class Keeper:
     scratch: Path
     restored: Path
 
-    def backup(self, source: str, level: str = "auto", **options: Any) -> nbdpull.BackupResult:
+    def backup(
+        self, source: str | list[str], level: str = "auto", **options: Any
+    ) -> nbdpull.BackupResult:
         """Back up, with a scratch folder of the test's own."""
         return nbdpull.backup(
             source,
@@ -35,7 +37,7 @@ class Keeper:
         result = nbdpull.restore(self.repository, backup, folder, **options)
         return {disk.name: Path(disk.target) for disk in result.disks}
 
-    def cleanup(self, source: str, **options: Any) -> nbdpull.CleanupResult:
+    def cleanup(self, source: str | list[str], **options: Any) -> nbdpull.CleanupResult:
         """Clean up in QEMU."""
         return nbdpull.cleanup(source, scratch=self.scratch, **options)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nbdpull.errors import UsageError
-from nbdpull.source.address import MonitorAddress, parse_source
+from nbdpull.source.address import ImageAddress, MonitorAddress, parse_source
 
 
 @pytest.mark.parametrize(
@@ -22,12 +24,12 @@ from nbdpull.source.address import MonitorAddress, parse_source
     ],
 )
 def test_understood(source: str, address: MonitorAddress) -> None:
-    assert parse_source(source) == address
+    assert parse_source([source]) == address
 
 
 @pytest.mark.parametrize("source", ["qmp:/run/web.qmp", "qmp+tcp://localhost:4444"])
 def test_address_is_printed_as_it_was_given(source: str) -> None:
-    assert str(parse_source(source)) == source
+    assert str(parse_source([source])) == source
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_address_is_printed_as_it_was_given(source: str) -> None:
     [
         ("/run/web.qmp", r"has no scheme; write 'qmp:/run/web\.qmp'"),
         ("./web.qmp", r"write 'qmp:\./web\.qmp'"),
-        ("web", "expected qmp:/path/to/socket or qmp"),
+        ("web", "expected qmp:/path/to/socket"),
         ("", "not understood"),
         ("qmp:", "not understood"),
         ("qmp://host/path", "not understood"),
@@ -55,5 +57,41 @@ def test_address_is_printed_as_it_was_given(source: str) -> None:
 )
 def test_refused_with_what_to_do(source: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        parse_source(source)
+        parse_source([source])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "image_format", "name"),
+    [
+        ("disk:/a/b.qcow2", "/a/b.qcow2", None, None),
+        ("disk:vda=/a/b.qcow2", "/a/b.qcow2", None, "vda"),
+        ("disk+raw:vda=/dev/vg/lv", "/dev/vg/lv", "raw", "vda"),
+        ("disk:/a/b=c.qcow2", "/a/b=c.qcow2", None, None),
+        ("disk:vda=/a/b=c.qcow2", "/a/b=c.qcow2", None, "vda"),
+        ("disk:b.raw", str(Path.cwd() / "b.raw"), None, None),
+        ("disk:json:{}", str(Path.cwd() / "json:{}"), None, None),
+    ],
+)
+def test_an_image(source: str, path: str, image_format: str | None, name: str | None) -> None:
+    wanted = ImageAddress(path=path, format=image_format, name=name)
+    assert parse_source([source]) == (wanted,)
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([], "no source is given"),
+        (["/run/a.raw"], "'disk:/run/a.raw' for a disk image"),
+        (["qmp:/a", "qmp:/b"], "2 sources are given"),
+        (["qmp:/a", "disk:/b"], "2 sources are given"),
+        (["disk:"], "expected disk:"),
+        (["disk:=/a"], "expected disk:"),
+        (["disk+luks:/a"], "format 'luks'; expected one of"),
+        (["disk:vda=/a", "disk:vda=/b"], "disk 'vda' is given 2 times"),
+        (["disk:a=/x", "disk:b=/x"], "image '/x' is given 2 times"),
+    ],
+)
+def test_what_makes_no_vm_is_refused(sources: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_source(sources)
