@@ -14,7 +14,9 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
+from nbdpull.aio_keys import key_add, key_export, key_import, key_list, key_remove, key_rotate
 from nbdpull.errors import UsageError
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import (
     BackupInfo,
     BackupResult,
@@ -39,6 +41,12 @@ __all__ = [
     "forget",
     "gc",
     "init",
+    "key_add",
+    "key_export",
+    "key_import",
+    "key_list",
+    "key_remove",
+    "key_rotate",
     "list_backups",
     "protect",
     "repack",
@@ -53,19 +61,26 @@ _COMPRESSION_LEVELS = range(1, 20)
 _GUEST_DELAYS_S = range(1, 3601)
 
 
-async def init(repository: str | os.PathLike[str]) -> InitResult:
+async def init(
+    repository: str | os.PathLike[str], *, encrypt: bool = False, keys: KeySource | None = None
+) -> InitResult:
     """Create an empty repository.
 
     Args:
         repository: a folder that is not there yet, or is empty.
+        encrypt: everything in it. Who loses the password and every other key loses the backups.
+        keys: the password; None looks in the environment.
 
     Raises:
         UsageError: there is one already, or the folder holds something else.
+        WrongKeyError: it is to be encrypted, and there is no password.
         StoreError: the storage refused.
     """
     from nbdpull.ops import init as op
 
-    return await op.init(op.InitOptions(repository=os.fspath(repository)))
+    return await op.init(
+        op.InitOptions(repository=os.fspath(repository), encrypt=encrypt, keys=keys)
+    )
 
 
 async def backup(
@@ -86,6 +101,7 @@ async def backup(
     max_guest_delay_s: int | None = None,
     audit: int | None = None,
     tags: Sequence[str] = (),
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -112,6 +128,7 @@ async def backup(
             zeroes, are read again and compared with the repository (default 4; 0 is none). One that differs
             makes the disk a full and is a warning. Not possible with `guest_first`.
         tags: words to find it by: a retention policy can keep what carries one.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -121,6 +138,7 @@ async def backup(
         UsageError: the arguments can't be; nothing was touched.
         InUseError: the monitor or the chain is in use.
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         SourceError, RepositoryError: the backup failed; the next one misses nothing because of it.
     """
     if compression_level not in _COMPRESSION_LEVELS:
@@ -163,6 +181,7 @@ async def backup(
         max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
         audit=op.AUDIT if audit is None else audit,
         tags=tags,
+        keys=keys,
     )
     return await op.backup(options, progress=progress)
 
@@ -176,6 +195,7 @@ async def restore(
     disk: str | None = None,
     format: Literal["raw", "qcow2"] = "raw",  # noqa: A002 - the option's name
     force: bool = False,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> RestoreResult:
     """Restore the disks of one backup; every byte is verified before it is written.
@@ -188,10 +208,12 @@ async def restore(
         disk: only this disk; None is all of them.
         format: of the files in a folder; everything else takes raw.
         force: replace files that exist, and write to a device in use.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
     Raises:
         UsageError: the target can't take it.
+        WrongKeyError: the key does not open it, or is a writer's.
         BackupNotFoundError: no backup fits, or more than one.
         DamagedError: part of a disk is lost; nothing wrong was written.
         RepositoryError: the backup is incomplete.
@@ -209,6 +231,7 @@ async def restore(
         disk=disk,
         format=format,
         force=force,
+        keys=keys,
     )
     return await op.restore(options, progress=progress)
 
@@ -220,6 +243,7 @@ async def list_backups(
     chain: str | None = None,
     incomplete: bool = False,
     forgotten: bool = False,
+    keys: KeySource | None = None,
 ) -> tuple[BackupInfo, ...]:
     """The committed backups, oldest first. A manifest that can't be read is logged as a warning.
 
@@ -229,9 +253,11 @@ async def list_backups(
         chain: only those of this chain.
         incomplete: also those that lack a disk because their run ended in the middle of its commit.
         forgotten: also those that are forgotten and can still be brought back.
+        keys: what opens an encrypted repository; None looks in the environment.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         StoreError: the storage can't be read.
     """
     from nbdpull.ops import list as op
@@ -242,12 +268,17 @@ async def list_backups(
         chain=chain,
         incomplete=incomplete,
         forgotten=forgotten,
+        keys=keys,
     )
     return await op.list_backups(options)
 
 
 async def show(
-    repository: str | os.PathLike[str], backup: str, *, vm: str | None = None
+    repository: str | os.PathLike[str],
+    backup: str,
+    *,
+    vm: str | None = None,
+    keys: KeySource | None = None,
 ) -> ShowResult:
     """All about one backup: its disks, what they cost, and what it descends from.
 
@@ -255,14 +286,16 @@ async def show(
         repository: where it is.
         backup: its id, a unique prefix of it, or ``latest``.
         vm: only look among the backups of this VM.
+        keys: what opens an encrypted repository; None looks in the environment.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits, or more than one.
     """
     from nbdpull.ops import show as op
 
-    options = op.ShowOptions(repository=os.fspath(repository), backup=backup, vm=vm)
+    options = op.ShowOptions(repository=os.fspath(repository), backup=backup, vm=vm, keys=keys)
     return await op.show(options)
 
 
@@ -271,6 +304,7 @@ async def verify(
     backups: Sequence[str] = (),
     *,
     vm: str | None = None,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyResult:
     """Read again and hash again everything that backups refer to.
@@ -279,6 +313,7 @@ async def verify(
         repository: where they are.
         backups: ids, unique prefixes or ``latest``; none means all.
         vm: only the backups of this VM.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -286,13 +321,14 @@ async def verify(
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits one of `backups`, or more than one.
         StoreError: the storage can't be read.
     """
     names = _names("backups", backups)
     from nbdpull.ops import verify as op
 
-    options = op.VerifyOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    options = op.VerifyOptions(repository=os.fspath(repository), backups=names, vm=vm, keys=keys)
     return await op.verify(options, progress=progress)
 
 
@@ -302,6 +338,7 @@ async def cleanup(
     repository: str | os.PathLike[str] | None = None,
     scratch: str | os.PathLike[str] | None = None,
     force: bool = False,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> CleanupResult:
     """Remove from QEMU, or images, what a killed backup left there; what belongs to others stays.
@@ -312,6 +349,7 @@ async def cleanup(
             incremental can use them.
         scratch: folder that the backup was told to use.
         force: also take away what a run that is still alive uses.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
@@ -327,6 +365,7 @@ async def cleanup(
         repository=None if repository is None else os.fspath(repository),
         scratch=None if scratch is None else os.fspath(scratch),
         force=force,
+        keys=keys,
     )
     return await op.cleanup(options, progress=progress)
 
@@ -340,6 +379,7 @@ async def forget(
     chain: str | None = None,
     trust_store_time: bool = False,
     dry_run: bool = False,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> ForgetResult:
     """Hide backups; `gc` deletes them when the undo window is over, and until then `undo` helps.
@@ -355,11 +395,13 @@ async def forget(
         trust_store_time: also judge sets in which a backup was stored more than a day after it was taken,
             as is so after copying.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
         UsageError: neither backups nor a policy, or both, or a policy that can't be.
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits, or more than one.
         RepositoryError: a named backup is protected; nothing was forgotten.
     """
@@ -379,6 +421,7 @@ async def forget(
         chain=chain,
         trust_store_time=trust_store_time,
         dry_run=dry_run,
+        keys=keys,
     )
     return await op.forget(options, progress=progress)
 
@@ -388,6 +431,7 @@ async def undo(
     backups: Sequence[str],
     *,
     vm: str | None = None,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> UndoResult:
     """Bring forgotten backups back.
@@ -396,17 +440,19 @@ async def undo(
         repository: where they are.
         backups: ids or unique prefixes; see `list_backups` with `forgotten`.
         vm: only look among the backups of this VM.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits, or more than one.
         RepositoryError: it is too late: the backup is being deleted.
     """
     names = _names("backups", backups)
     from nbdpull.ops import undo as op
 
-    options = op.UndoOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    options = op.UndoOptions(repository=os.fspath(repository), backups=names, vm=vm, keys=keys)
     return await op.undo(options, progress=progress)
 
 
@@ -415,6 +461,7 @@ async def protect(
     backups: Sequence[str],
     *,
     vm: str | None = None,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> ProtectResult:
     """Keep backups from being forgotten, by a policy or by name, until `unprotect`.
@@ -423,16 +470,18 @@ async def protect(
         repository: where they are.
         backups: ids, unique prefixes or ``latest``.
         vm: only look among the backups of this VM.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits, or more than one, or it is forgotten.
     """
     names = _names("backups", backups)
     from nbdpull.ops import protect as op
 
-    options = op.ProtectOptions(repository=os.fspath(repository), backups=names, vm=vm)
+    options = op.ProtectOptions(repository=os.fspath(repository), backups=names, vm=vm, keys=keys)
     return await op.protect(options, progress=progress)
 
 
@@ -441,6 +490,7 @@ async def unprotect(
     backups: Sequence[str],
     *,
     vm: str | None = None,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> ProtectResult:
     """Let protected backups be forgotten again.
@@ -449,17 +499,19 @@ async def unprotect(
         repository: where they are.
         backups: ids, unique prefixes or ``latest``.
         vm: only look among the backups of this VM.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits, or more than one.
     """
     names = _names("backups", backups)
     from nbdpull.ops import protect as op
 
     options = op.ProtectOptions(
-        repository=os.fspath(repository), backups=names, vm=vm, protect=False
+        repository=os.fspath(repository), backups=names, vm=vm, protect=False, keys=keys
     )
     return await op.protect(options, progress=progress)
 
@@ -470,6 +522,7 @@ async def gc(
     undo_window_s: float | None = None,
     exclusive: bool = False,
     dry_run: bool = False,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> GcResult:
     """Delete what no backup needs: forgotten ones whose undo window is over, and what failed runs left.
@@ -481,11 +534,13 @@ async def gc(
         undo_window_s: how long what was forgotten can be brought back; None is 7 days, 0 ends it now.
         exclusive: nothing else uses the repository; needed where the store can't tell two writers apart.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens.
 
     Raises:
         UsageError: `exclusive` is needed.
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         DamagedError: what a manifest needs can't be told, so nothing was deleted.
         StoreError: the storage failed.
     """
@@ -498,6 +553,7 @@ async def gc(
         undo_window_s=op.UNDO_WINDOW_S if undo_window_s is None else undo_window_s,
         exclusive=exclusive,
         dry_run=dry_run,
+        keys=keys,
     )
     return await op.gc(options, progress=progress)
 
@@ -508,6 +564,7 @@ async def repack(
     vm: str | None = None,
     ratio: float = 1.4,
     dry_run: bool = False,
+    keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> RepackResult:
     """Rewrite packs that are mostly no longer needed; later collections then delete the old ones.
@@ -517,11 +574,13 @@ async def repack(
         vm: only the backups of this VM.
         ratio: rewrite packs that have so many bytes for each byte needed, of disks that have so in all.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
     Raises:
         UsageError: a ratio of less than 1.
         RepositoryNotFoundError: there is no repository.
+        WrongKeyError: the key does not open it.
         DamagedError: what is to be rewritten is damaged; no backup was changed.
         StoreError: the storage failed.
     """
@@ -530,7 +589,7 @@ async def repack(
     from nbdpull.ops import repack as op
 
     options = op.RepackOptions(
-        repository=os.fspath(repository), vm=vm, ratio=ratio, dry_run=dry_run
+        repository=os.fspath(repository), vm=vm, ratio=ratio, dry_run=dry_run, keys=keys
     )
     return await op.repack(options, progress=progress)
 

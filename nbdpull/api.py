@@ -29,6 +29,12 @@ __all__ = [
     "forget",
     "gc",
     "init",
+    "key_add",
+    "key_export",
+    "key_import",
+    "key_list",
+    "key_remove",
+    "key_rotate",
     "list_backups",
     "protect",
     "repack",
@@ -191,3 +197,9 @@ protect = _blocking(aio.protect)
 unprotect = _blocking(aio.unprotect)
 gc = _blocking(aio.gc)
 repack = _blocking(aio.repack)
+key_list = _blocking(aio.key_list)
+key_add = _blocking(aio.key_add)
+key_remove = _blocking(aio.key_remove)
+key_rotate = _blocking(aio.key_rotate)
+key_export = _blocking(aio.key_export)
+key_import = _blocking(aio.key_import)

@@ -24,19 +24,9 @@ from nbdpull.ops.backup import BackupOptions
 from nbdpull.ops.init import InitOptions
 
 VERBS = (
-    "backup",
-    "cleanup",
-    "forget",
-    "gc",
-    "init",
-    "list_backups",
-    "protect",
-    "repack",
-    "restore",
-    "show",
-    "undo",
-    "unprotect",
-    "verify",
+    *("backup", "cleanup", "forget", "gc", "init", "list_backups", "protect", "repack", "restore"),
+    *("show", "undo", "unprotect", "verify"),
+    *("key_add", "key_export", "key_import", "key_list", "key_remove", "key_rotate"),
 )
 
 
@@ -71,7 +61,18 @@ def test_import_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert "nbdpull.api" in modules
-    heavy = {"numpy", "nbd", "qemu", "click", "rich", "asyncio", "zstandard", "blake3", "cbor2"}
+    heavy = {
+        "cryptography",
+        "numpy",
+        "nbd",
+        "qemu",
+        "click",
+        "rich",
+        "asyncio",
+        "zstandard",
+        "blake3",
+        "cbor2",
+    }
     assert heavy.isdisjoint(modules)
 
 

@@ -9,6 +9,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import SIZE, repository_option, source_argument, verb
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import disk_table
@@ -147,6 +148,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             max_guest_delay_s=max_guest_delay,
             audit=audit,
             tags=tags,
+            keys=keys_of_user(),
             progress=progress,
         )
     for warning in result.warnings:

@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, source_argument, verb
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.model.results import CleanupResult
 
@@ -33,7 +34,12 @@ def command(
     """
     with show_progress(console) as progress:
         result = api.cleanup(
-            source, repository=repository, scratch=scratch, force=force, progress=progress
+            source,
+            repository=repository,
+            scratch=scratch,
+            force=force,
+            keys=keys_of_user(),
+            progress=progress,
         )
     console.result(result, lambda: _text(result))
     return 0

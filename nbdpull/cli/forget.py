@@ -10,6 +10,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import local_time, table
 from nbdpull.errors import UsageError
@@ -107,6 +108,7 @@ def command(  # noqa: PLR0913 - an option is a parameter
         chain=chain,
         trust_store_time=trust_store_time,
         dry_run=dry_run,
+        keys=keys_of_user(),
     )
     for warning in result.warnings:
         console.warning(warning)

@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb
+from nbdpull.cli.password import keys_of_user
 from nbdpull.errors import UsageError
 from nbdpull.model.results import GcResult
 from nbdpull.units import format_duration, format_size, parse_duration
@@ -41,7 +42,13 @@ def command(
         window_s = parse_duration(undo_window)
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
-    result = api.gc(repository, undo_window_s=window_s, exclusive=exclusive, dry_run=dry_run)
+    result = api.gc(
+        repository,
+        undo_window_s=window_s,
+        exclusive=exclusive,
+        dry_run=dry_run,
+        keys=keys_of_user(),
+    )
     console.result(result, lambda: _text(result), needed=dry_run)
     return 0
 

@@ -7,17 +7,26 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb
+from nbdpull.cli.password import new_keys_of_user
 
 __all__ = ["command"]
 
 
 @click.command("init", short_help="Create a repository.")
 @repository_option()
+@click.option(
+    "--encrypt",
+    is_flag=True,
+    help="Encrypt everything in it, under a password. It can't be undone.",
+)
 @verb
-def command(console: Console, repository: str) -> int:
-    """Create an empty repository in a folder that is new or empty."""
-    result = api.init(repository)
-    console.result(
-        result, lambda: f"created repository {result.id} in {one_line(result.repository)}"
-    )
+def command(console: Console, repository: str, encrypt: bool) -> int:
+    """Create an empty repository in a folder that is new or empty.
+
+    The password of an encrypted one is asked for, or comes from NBDPULL_PASSWORD_FILE,
+    NBDPULL_PASSWORD_COMMAND or NBDPULL_PASSWORD. Who loses it loses the backups: see 'nbdpull key export'.
+    """
+    result = api.init(repository, encrypt=encrypt, keys=new_keys_of_user())
+    kind = "encrypted repository" if result.encrypted else "repository"
+    console.result(result, lambda: f"created {kind} {result.id} in {one_line(result.repository)}")
     return 0

@@ -9,6 +9,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.tables import backup_state, local_time, short_ids, table
 from nbdpull.model.results import BackupInfo
 from nbdpull.units import format_size
@@ -34,7 +35,14 @@ def command(
     forgotten: bool,
 ) -> int:
     """List backups, oldest first. A backup lacks a disk when its run died in the middle of its end."""
-    found = api.list_backups(repository, vm=vm, chain=chain, incomplete=True, forgotten=forgotten)
+    found = api.list_backups(
+        repository,
+        vm=vm,
+        chain=chain,
+        incomplete=True,
+        forgotten=forgotten,
+        keys=keys_of_user(),
+    )
     shown = found if all_ else tuple(info for info in found if info.complete)
     console.result(shown, lambda: _table(found, shown), needed=True)
     hidden = len(found) - len(shown)

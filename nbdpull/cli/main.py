@@ -33,6 +33,7 @@ _VERBS = (
     "unprotect",
     "gc",
     "repack",
+    "key",
 )
 _EXIT_SIGNAL = 128
 

@@ -106,7 +106,7 @@ def verb(function: Callable[Concatenate[Console, _P], int]) -> Callable[..., int
         **kwargs: Any,
     ) -> int:
         console = Console(
-            verb=click.get_current_context().info_name or "",
+            verb=click.get_current_context().command_path.partition(" ")[2],
             json=as_json,
             quiet=quiet,
             mode=ProgressMode.choose(progress, quiet=quiet),

@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 
 __all__ = ["command"]
 
@@ -18,6 +19,6 @@ __all__ = ["command"]
 @verb
 def command(console: Console, backups: tuple[str, ...], repository: str, vm: str | None) -> int:
     """Keep backups from being forgotten, by a policy or by name, until 'unprotect'."""
-    result = api.protect(repository, backups, vm=vm)
+    result = api.protect(repository, backups, vm=vm, keys=keys_of_user())
     console.result(result, lambda: f"protected {', '.join(result.backups)}")
     return 0

@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.model.results import RepackResult
 from nbdpull.units import format_duration, format_size
@@ -32,7 +33,9 @@ def command(console: Console, repository: str, vm: str | None, ratio: float, dry
     Backups keep their ids. The space comes back when the undo window of the old packs is over.
     """
     with show_progress(console) as progress:
-        result = api.repack(repository, vm=vm, ratio=ratio, dry_run=dry_run, progress=progress)
+        result = api.repack(
+            repository, vm=vm, ratio=ratio, dry_run=dry_run, progress=progress, keys=keys_of_user()
+        )
     console.result(result, lambda: _text(result), needed=dry_run)
     return 0
 

@@ -10,6 +10,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.tables import table
 from nbdpull.model.results import RestoreResult
@@ -75,6 +76,7 @@ def command(
             disk=disk,
             format=format_,
             force=force,
+            keys=keys_of_user(),
             progress=progress,
         )
     console.result(result, lambda: _summary(result), to_stderr=stream)

@@ -17,6 +17,7 @@ from types import FrameType
 
 from nbdpull import api
 from nbdpull.cli.console import Console
+from nbdpull.cli.password import interrupt
 from nbdpull.errors import Error
 
 __all__ = ["EXIT_FAILURE", "EXIT_WARNINGS", "run_verb"]
@@ -80,6 +81,7 @@ def _signals(console: Console, cancel: api.Cancel) -> Iterator[list[int]]:
 
     def handler(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
+        interrupt()
         if cancel.cancelled:
             console.note(
                 "still tearing down, which needs QEMU to answer; after a kill -9 instead, 'nbdpull"

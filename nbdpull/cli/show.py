@@ -8,6 +8,7 @@ from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.jsonform import Json, to_json
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.tables import backup_state, block, disk_table, local_time, table
 from nbdpull.model.results import ShowResult
 from nbdpull.units import format_duration, format_size
@@ -22,7 +23,7 @@ __all__ = ["command"]
 @verb
 def command(console: Console, backup: str, repository: str, vm: str | None) -> int:
     """Show BACKUP (an id, the beginning of one, or 'latest'): disks, cost, and descent."""
-    result = api.show(repository, backup, vm=vm)
+    result = api.show(repository, backup, vm=vm, keys=keys_of_user())
     console.result(_json(result), lambda: _text(result), needed=True)
     return 0
 

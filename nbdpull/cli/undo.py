@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.model.results import UndoResult
 
 __all__ = ["command"]
@@ -19,7 +20,7 @@ __all__ = ["command"]
 @verb
 def command(console: Console, backups: tuple[str, ...], repository: str, vm: str | None) -> int:
     """Bring forgotten backups back ('list --forgotten' shows them), as long as 'gc' has not come to them."""
-    result = api.undo(repository, backups, vm=vm)
+    result = api.undo(repository, backups, vm=vm, keys=keys_of_user())
     console.result(result, lambda: _text(result))
     return 0
 

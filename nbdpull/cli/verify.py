@@ -7,6 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_FAILURE
 from nbdpull.model.results import Damage, VerifyResult
@@ -26,7 +27,7 @@ def command(console: Console, backups: tuple[str, ...], repository: str, vm: str
     Ends with 1 when anything is damaged, and tells what is lost.
     """
     with show_progress(console) as progress:
-        result = api.verify(repository, backups, vm=vm, progress=progress)
+        result = api.verify(repository, backups, vm=vm, keys=keys_of_user(), progress=progress)
     console.result(result, lambda: _text(result), needed=not result.ok)
     return 0 if result.ok else EXIT_FAILURE
 

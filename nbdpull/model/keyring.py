@@ -31,13 +31,13 @@ from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import is_hex
 from nbdpull.model.sealing import SALT_SIZE, Recipient
 
-__all__ = ["DEFAULT_KDF", "KEY_FILE_MAX", "SLOT_MAX", "Ring", "Slot"]
+__all__ = ["DEFAULT_KDF", "KEY_FILE_MAX", "LABEL_MAX", "SLOT_MAX", "Ring", "Slot"]
 
 DEFAULT_KDF: Final = Kdf(KdfName.ARGON2ID, memory_kib=256 << 10, passes=2, lanes=4)
 SLOT_MAX: Final = 64 << 10
 KEY_FILE_MAX: Final = 64 << 10
 _GENERATIONS_MAX: Final = 64
-_LABEL_MAX: Final = 100
+LABEL_MAX: Final = 100
 _CHECK_DIGITS: Final = 16
 
 
@@ -237,7 +237,7 @@ class Slot:
         if kdf.get("name") not in list(KdfName):
             raise FormatError(f"its password goes through {kdf.get('name')!r}, which is unknown")
         label, sealed = fields.get("label"), fields.get("sealed")
-        if not isinstance(label, str) or len(label) > _LABEL_MAX or not isinstance(sealed, str):
+        if not isinstance(label, str) or len(label) > LABEL_MAX or not isinstance(sealed, str):
             raise FormatError("it has a label or a sealed part that can't be")
         slot = cls(
             kid=kid,

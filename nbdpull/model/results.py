@@ -20,6 +20,8 @@ __all__ = [
     "GcResult",
     "GuestCost",
     "InitResult",
+    "KeyExport",
+    "KeyInfo",
     "Level",
     "Progress",
     "ProgressCallback",
@@ -249,6 +251,44 @@ class InitResult:
 
     repository: str
     id: str
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyInfo:
+    """A key slot: a password that opens an encrypted repository.
+
+    Attributes:
+        key: its id.
+        time: when it was made.
+        generation: of the keys that it opens, counted from 1; the older ones are opened too.
+        newest: whether these are the keys that backups are sealed to now.
+        kdf: what its password goes through.
+        label: for people.
+    """
+
+    key: str
+    time: float
+    generation: int
+    newest: bool
+    kdf: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyExport:
+    """A key in a file.
+
+    Attributes:
+        file: where it is.
+        writer: it only adds backups; else it is a recovery key, which opens everything.
+        generation: of the newest keys in it.
+    """
+
+    repository: str
+    file: str
+    writer: bool
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

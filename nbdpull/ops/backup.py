@@ -25,9 +25,11 @@ from nbdpull.errors import (
     PointInTimeLostError,
     RepositoryError,
     SourceError,
+    WrongKeyError,
 )
 from nbdpull.model.chain import Base, Decision, choose, obsolete
 from nbdpull.model.ids import BackupId
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import (
     BackupResult,
@@ -82,6 +84,7 @@ class BackupOptions:
         max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
         audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
         tags: words to find it by, for `forget --keep-tag`.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     source: tuple[str, ...]
@@ -100,6 +103,7 @@ class BackupOptions:
     max_guest_delay_s: int = GUEST_DELAY_S
     audit: int = AUDIT
     tags: tuple[str, ...] = ()
+    keys: KeySource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +162,7 @@ class _Chain:
             try:
                 manifest = self.repository.manifest(by_backup[BackupId(base.backup)])
                 missing = self.repository.reader(manifest).missing_packs()
-            except (DamagedError, RepositoryError) as exc:
+            except (DamagedError, RepositoryError, WrongKeyError) as exc:
                 return str(exc)
             if missing:
                 return f"the repository misses {missing[0]}, which it refers to"
@@ -271,7 +275,7 @@ async def backup(
         max_guest_delay_s=options.max_guest_delay_s,
     )
     check_source(options.source, qemu)
-    repository = await call(Repository.open, options.repository, write=True)
+    repository = await call(Repository.open, options.repository, write=True, keys=options.keys)
 
     def say(text: str) -> None:
         if progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import CleanupResult, ProgressCallback
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
@@ -23,12 +24,14 @@ class CleanupOptions:
             died before it could say so; else they go, and the next backup reads more.
         scratch: where runs keep their folders; None for the system's temporary folder.
         force: also take away what a live (or stopped) run still uses.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     source: tuple[str, ...]
     repository: str | None = None
     scratch: str | None = None
     force: bool = False
+    keys: KeySource | None = None
 
 
 async def cleanup(
@@ -46,7 +49,7 @@ async def cleanup(
     check_source(options.source, qemu)
     durable: frozenset[str] = frozenset()
     if options.repository is not None:
-        repository = await call(Repository.open, options.repository)
+        repository = await call(Repository.open, options.repository, keys=options.keys)
         backups = await call(repository.backups)
         durable = frozenset(found.id for found in backups if found.complete)
     async with open_source(options.source, qemu) as source:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdpull.errors import RepositoryError, UsageError
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import ForgetResult, Forgotten, Level, ProgressCallback
 from nbdpull.model.retention import Candidate, Policy, judge
 from nbdpull.ops.threads import call
@@ -27,6 +28,7 @@ class ForgetOptions:
         vm, chain: only backups of this VM, of this chain; None for any.
         trust_store_time: also judge sets in which backups were stored long after they were taken.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
@@ -36,6 +38,7 @@ class ForgetOptions:
     chain: str | None = None
     trust_store_time: bool = False
     dry_run: bool = False
+    keys: KeySource | None = None
 
 
 async def forget(
@@ -58,7 +61,7 @@ async def forget(
 
 
 def _forget(options: ForgetOptions) -> ForgetResult:
-    repository = Repository.open(options.repository, write=not options.dry_run)
+    repository = Repository.open(options.repository, write=not options.dry_run, keys=options.keys)
     if options.policy is None:
         return _forget_named(repository, options)
     return _forget_by_policy(repository, options, options.policy)

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import GcResult, ProgressCallback
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.threads import in_thread
@@ -24,12 +25,14 @@ class GcOptions:
         undo_window_s: how long what was forgotten can be brought back.
         exclusive: nothing else uses the repository; needed where the store can't tell two writers apart.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     undo_window_s: float = UNDO_WINDOW_S
     exclusive: bool = False
     dry_run: bool = False
+    keys: KeySource | None = None
 
 
 async def gc(
@@ -53,7 +56,7 @@ def _gc(options: GcOptions, cancel: threading.Event) -> GcResult:
             raise Cancelled
 
     began = time.monotonic()
-    repository = Repository.open(options.repository, write=not options.dry_run)
+    repository = Repository.open(options.repository, write=not options.dry_run, keys=options.keys)
     done = repository.collector(
         undo_window_s=options.undo_window_s,
         exclusive=options.exclusive,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nbdpull.model.ids import DiskId
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import BackupInfo, DiskInfo
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Backup, Repository
@@ -25,6 +26,7 @@ class ListOptions:
         chain: only those of this chain; None for any.
         incomplete: also those that lack the manifest of a disk.
         forgotten: also those that are forgotten and can still be brought back.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
@@ -32,6 +34,7 @@ class ListOptions:
     chain: str | None = None
     incomplete: bool = False
     forgotten: bool = False
+    keys: KeySource | None = None
 
 
 async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
@@ -45,7 +48,7 @@ async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
 
 
 def _list(options: ListOptions) -> tuple[BackupInfo, ...]:
-    repository = Repository.open(options.repository)
+    repository = Repository.open(options.repository, keys=options.keys)
     found = repository.backups(forgotten=options.forgotten)
     for damage in repository.unreadable():
         # The backup it belongs to can't be told, and must not just be absent.

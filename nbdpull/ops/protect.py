@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import ProgressCallback, ProtectResult
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
@@ -19,12 +20,14 @@ class ProtectOptions:
         backups: ids, unique prefixes, or ``latest``.
         vm: only look among the backups of this VM; None for any.
         protect: False takes the protection away.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     backups: tuple[str, ...]
     vm: str | None = None
     protect: bool = True
+    keys: KeySource | None = None
 
 
 async def protect(
@@ -42,7 +45,7 @@ async def protect(
 
 
 def _protect(options: ProtectOptions) -> ProtectResult:
-    repository = Repository.open(options.repository, write=True)
+    repository = Repository.open(options.repository, write=True, keys=options.keys)
     # A forgotten one that is protected (both at the same moment) may be let go.
     found = [
         repository.find(name, vm=options.vm, forgotten=not options.protect)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from nbdpull.errors import DamagedError
 from nbdpull.model.grain import GRAIN, SEGMENT
 from nbdpull.model.ids import DiskId, SessionId
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback, RepackResult
 from nbdpull.model.retention import STALE_S
@@ -51,12 +52,14 @@ class RepackOptions:
         ratio: a disk is repacked when its backups' packs have so many bytes for each byte needed, and
             then those of its packs that do.
         dry_run: only tell.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     vm: str | None = None
     ratio: float = RATIO
     dry_run: bool = False
+    keys: KeySource | None = None
 
 
 async def repack(
@@ -117,7 +120,10 @@ class _Repack:
         self._options = options
         self._progress = progress
         self._cancel = cancel
-        self._repository = Repository.open(options.repository, write=not options.dry_run)
+        self._repository = Repository.open(
+            options.repository, write=not options.dry_run, keys=options.keys
+        )
+        self._repository.check_restorable()
         self._usage: dict[DiskId, _Usage] = {}
         self._pieces: dict[_Frame, list[_Piece]] = {}
         self._rewritten: dict[DiskId, dict[SessionId, Manifest]] = defaultdict(dict)

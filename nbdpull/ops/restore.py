@@ -14,6 +14,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from nbdpull.errors import DamagedError, RepositoryError, TargetError, UsageError
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
 from nbdpull.ops.disknames import disk_names
@@ -50,6 +51,7 @@ class RestoreOptions:
         format: of the files in a folder; everywhere else it is raw.
         force: replace existing files, write to a device in use, and take one disk out of an
             incomplete backup.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
@@ -59,6 +61,7 @@ class RestoreOptions:
     disk: str | None = None
     format: Literal["raw", "qcow2"] = "raw"
     force: bool = False
+    keys: KeySource | None = None
 
 
 async def restore(
@@ -72,6 +75,7 @@ async def restore(
     Raises:
         UsageError: the target can't take it (exists, too small, in use, only takes one disk).
         BackupNotFoundError: no such backup or disk.
+        WrongKeyError: the key opens nothing, or is a writer's.
         DamagedError: part of a disk is lost, or packs are missing.
         RepositoryError: the backup is incomplete.
         TargetError: the target failed.
@@ -83,7 +87,8 @@ def _restore(
     options: RestoreOptions, progress: ProgressCallback | None, cancel: threading.Event
 ) -> RestoreResult:
     began = time.monotonic()
-    repository = Repository.open(options.repository)
+    repository = Repository.open(options.repository, keys=options.keys)
+    repository.check_restorable()
     backup = repository.find(options.backup, vm=options.vm)
     chosen = _choose(repository, backup, options)
     place = _place(options, chosen, cancel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import ShowResult
 from nbdpull.ops.list import backup_info, disk_names
 from nbdpull.ops.threads import call
@@ -19,11 +20,13 @@ class ShowOptions:
     Attributes:
         backup: its id, a unique prefix of it, or ``latest``.
         vm: only look among the backups of this VM; None for any.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     backup: str
     vm: str | None = None
+    keys: KeySource | None = None
 
 
 async def show(options: ShowOptions) -> ShowResult:
@@ -38,7 +41,7 @@ async def show(options: ShowOptions) -> ShowResult:
 
 
 def _show(options: ShowOptions) -> ShowResult:
-    repository = Repository.open(options.repository)
+    repository = Repository.open(options.repository, keys=options.keys)
     wanted = repository.find(options.backup, vm=options.vm)
     by_id: dict[str, Backup] = {found.id: found for found in repository.backups()}
     names = disk_names(by_id.values())

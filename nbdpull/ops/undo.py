@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdpull.errors import RepositoryError
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import ProgressCallback, UndoResult
 from nbdpull.ops.recommit import Recommit
 from nbdpull.ops.threads import call
@@ -25,11 +26,13 @@ class UndoOptions:
     Attributes:
         backups: ids or unique prefixes.
         vm: only look among the backups of this VM; None for any.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     backups: tuple[str, ...]
     vm: str | None = None
+    keys: KeySource | None = None
 
 
 async def undo(
@@ -47,7 +50,7 @@ async def undo(
 
 
 def _undo(options: UndoOptions) -> UndoResult:
-    repository = Repository.open(options.repository, write=True)
+    repository = Repository.open(options.repository, write=True, keys=options.keys)
     found = {
         backup.id: backup
         for backup in (

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nbdpull.errors import DamagedError
 from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, SegmentRef, Summary
 from nbdpull.model.results import Damage, ProgressCallback, VerifyResult
 from nbdpull.model.segment import Interval, Segment
@@ -50,11 +51,13 @@ class VerifyOptions:
         repository: where the backups are.
         backups: ids, unique prefixes or ``latest``; empty for all.
         vm: only backups of this VM; None for any.
+        keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     backups: tuple[str, ...] = ()
     vm: str | None = None
+    keys: KeySource | None = None
 
 
 async def verify(
@@ -185,7 +188,8 @@ class _Verify:
         self._options = options
         self._progress = progress
         self._cancel = cancel
-        self._repository = Repository.open(options.repository)
+        self._repository = Repository.open(options.repository, keys=options.keys)
+        self._repository.check_restorable()
         self._findings = _Findings()
         self._damages = _Damages()
         self._seen: dict[str, _Seen] = {}

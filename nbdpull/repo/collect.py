@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -147,6 +146,7 @@ class Collector:
         dry_run: bool = False,
         check: Callable[[], None] = lambda: None,
         workers: int = _WORKERS,
+        host: str = "",
     ) -> None:
         """Prepare.
 
@@ -157,6 +157,7 @@ class Collector:
             dry_run: change nothing, tell what would be.
             check: called often; what it raises ends the run, which does no harm at any point.
             workers: threads that delete.
+            host: for people, in the intent.
         """
         self._store = store
         self._decode = decode
@@ -164,6 +165,7 @@ class Collector:
         self._dry_run = dry_run
         self._check = check
         self._workers = workers
+        self._host = host
         self._references = _References()
         self._ended: set[str] = set()  # tombstones that a dry run would make
         self._hopeless: list[Listed] = []
@@ -176,6 +178,7 @@ class Collector:
         Raises:
             DamagedError: a manifest or an intent can't be read, so what it needs can't be told; nothing
                 was deleted.
+            WrongKeyError: the same, because a manifest is sealed to another key.
             RepositoryError: other collectors were ahead again and again.
         """
         own = self._begin()
@@ -196,7 +199,7 @@ class Collector:
             self._now = time.time()
             return None
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
-        intent = Intent(role="gc", disk="", host=socket.gethostname(), time=time.time())
+        intent = Intent(role="gc", disk="", host=self._host, time=time.time())
         self._store.create(f"s/{sid}", intent.encode())
         self._now = self._store.stat(f"s/{sid}").modified
         return f"s/{sid}"

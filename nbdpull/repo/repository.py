@@ -30,11 +30,11 @@ from nbdpull.errors import (
     WrongKeyError,
 )
 from nbdpull.model.config import CONFIG_MAX, Config
-from nbdpull.model.crypto import KEY_SIZE, Kdf, new_secret
+from nbdpull.model.crypto import KEY_SIZE, Kdf
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, disk_id, is_hex, make_session_id
 from nbdpull.model.intent import Intent
-from nbdpull.model.keyring import DEFAULT_KDF, Ring
+from nbdpull.model.keyring import Ring
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import (
     HEAD_SIZE,
@@ -56,7 +56,7 @@ from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import Found, KnownFrame, PackListing, Reuse, ReuseSource
 from nbdpull.repo.session import Session
 from nbdpull.repo.sessiontable import SessionTable
-from nbdpull.repo.slots import add_slot, unlock
+from nbdpull.repo.slots import Slots, new_keys
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
 from nbdpull.repo.vault import Vault
 
@@ -102,14 +102,14 @@ class Repository:
 
     @classmethod
     def create(
-        cls, location: str, *, password: bytes | None = None, kdf: Kdf = DEFAULT_KDF
+        cls, location: str, *, password: bytes | None = None, kdf: Kdf | None = None
     ) -> Repository:
         """Make a new repository.
 
         Args:
             location: a folder that is not there yet, or is empty.
             password: None is without encryption.
-            kdf: what the password goes through.
+            kdf: what the password goes through; None is Argon2id with 256 MiB.
 
         Raises:
             UsageError: there is one already, or a folder that holds something else.
@@ -133,8 +133,8 @@ class Repository:
         vault = None
         if password is not None:
             # Before the settings: no repository is ever there without its key.
-            vault = Vault(Ring(own, os.urandom(KEY_SIZE), ()).rotated(*_new_keys()))
-            add_slot(store, vault.ring, password, kdf=kdf)
+            vault = Vault(Ring(own, os.urandom(KEY_SIZE), ()).rotated(*new_keys()))
+            Slots(store, own, location).add(vault.ring, password, kdf=kdf)
         try:
             store.create(_CONFIG, config.encode())
         except KeyExistsError as exc:
@@ -159,6 +159,39 @@ class Repository:
             UnsupportedFormatError: it needs a feature that this version does not know.
             DamagedError: its settings can't be read.
         """
+        store, config = cls._settings(location, write=write)
+        keys = keys or KeySource()
+        vault = None
+        if config.encrypted:
+            vault = Vault(Slots(store, config.id, location).unlock(keys))
+        elif wants_key(keys):
+            # Settings are not authenticated: a store that says "not encrypted" would be given plain data.
+            raise WrongKeyError(
+                f"a key is given, and repository {location} is not encrypted; if it is not meant to be,"
+                " unset NBDPULL_PASSWORD, _FILE, _COMMAND and NBDPULL_KEY_FILE"
+            )
+        if write:
+            store.remove_leftovers()
+        return cls(store, location, config, vault)
+
+    @classmethod
+    def slots(cls, location: str) -> Slots:
+        """The key slots of an encrypted repository, which no key is needed to list.
+
+        Raises:
+            RepositoryNotFoundError: there is none at `location`.
+            UsageError: it is not encrypted.
+        """
+        store, config = cls._settings(location, write=True)
+        if not config.encrypted:
+            raise UsageError(
+                f"repository {location} is not encrypted: it has no keys; that is decided by 'nbdpull"
+                " init --encrypt'"
+            )
+        return Slots(store, config.id, location)
+
+    @staticmethod
+    def _settings(location: str, *, write: bool) -> tuple[LocalStore, Config]:
         store = LocalStore(_folder(location))
         try:
             raw = store.get(_CONFIG, limit=CONFIG_MAX)
@@ -176,19 +209,7 @@ class Repository:
                 f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
                 " newer nbdpull"
             )
-        keys = keys or KeySource()
-        vault = None
-        if config.encrypted:
-            vault = Vault(unlock(store, config.id, location, keys))
-        elif wants_key(keys):
-            # Settings are not authenticated: a store that says "not encrypted" would be given plain data.
-            raise WrongKeyError(
-                f"a key is given, and repository {location} is not encrypted; if it is not meant to be,"
-                " unset NBDPULL_PASSWORD, _FILE, _COMMAND and NBDPULL_KEY_FILE"
-            )
-        if write:
-            store.remove_leftovers()
-        return cls(store, location, config, vault)
+        return store, config
 
     @property
     def vault(self) -> Vault | None:
@@ -234,8 +255,8 @@ class Repository:
                 continue
             except WrongKeyError as exc:
                 # It may be whole: but what needs it must not take it for absent.
-                problem = f"manifest {listed.key} can't be read: {exc}"
-                damaged.append(DamagedError(problem, key=listed.key))
+                if forgotten is None:
+                    damaged.append(DamagedError(str(exc), key=listed.key))
                 continue
             if summary is not None:
                 entries.append(Entry(summary=summary, stored=listed.modified, forgotten=forgotten))
@@ -263,6 +284,8 @@ class Repository:
             return None  # forgotten between the listing and now
         except FormatError as exc:
             raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
+        except WrongKeyError as exc:
+            raise WrongKeyError(f"manifest {key} can't be read: {exc}") from exc
         return summary
 
     def _opener(self, sid: SessionId) -> KeyOpener | None:
@@ -351,6 +374,8 @@ class Repository:
             self._check_place(manifest.summary, manifest.repository, key)
         except FormatError as exc:
             raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
+        except WrongKeyError as exc:
+            raise WrongKeyError(f"manifest {key} can't be read: {exc}") from exc
         return manifest
 
     # -- reading and writing one -------------------------------------------------------------------
@@ -504,17 +529,13 @@ class Repository:
             undo_window_s=undo_window_s,
             dry_run=dry_run,
             check=check,
+            host=socket.gethostname() if self._vault is None else "",
         )
 
 
 def _pin(manifest: Manifest) -> str:
     """How an intent names a manifest."""
     return f"{manifest.summary.disk_id}/{manifest.summary.session}"
-
-
-def _new_keys() -> tuple[bytes, bytes]:
-    """A private key and a writer key."""
-    return new_secret(), os.urandom(KEY_SIZE)
 
 
 def _folder(location: str) -> Path:

@@ -8,16 +8,16 @@ import time
 from typing import Final
 
 from nbdpull.errors import DamagedError, RepositoryError, UsageError, WrongKeyError
-from nbdpull.model.crypto import Kdf
+from nbdpull.model.crypto import KEY_SIZE, Kdf, new_secret
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import is_hex
-from nbdpull.model.keyring import DEFAULT_KDF, SLOT_MAX, Ring, Slot
+from nbdpull.model.keyring import DEFAULT_KDF, LABEL_MAX, SLOT_MAX, Ring, Slot
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.sealing import SALT_SIZE
 from nbdpull.repo.password import password_of, ring_of
 from nbdpull.repo.store import KeyMissingError, Store
 
-__all__ = ["add_slot", "chosen_slot", "find_slots", "remove_slot", "unlock"]
+__all__ = ["Slots", "new_keys"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,108 +26,129 @@ _SLOTS_MAX: Final = 64
 """A store must not make a password be tried more often: each time costs memory and a second."""
 
 
-def find_slots(store: Store, repository: str) -> list[Slot]:
-    """The repository's slots, newest keys first. One that can't be read is logged as a warning.
+def new_keys() -> tuple[bytes, bytes]:
+    """A private key and a writer key, for `Ring.rotated`."""
+    return new_secret(), os.urandom(KEY_SIZE)
 
-    Raises:
-        StoreError: the storage can't be read.
+
+class Slots:
+    """The slots of one encrypted repository.
+
+    Attributes:
+        repository: its id.
+        location: as the user gave it.
     """
-    found = []
-    for listed in store.list(_PREFIX):
-        kid = listed.key.rpartition("/")[2]
-        if not is_hex(kid, 32):
-            continue
-        try:
-            slot = Slot.decode(store.get(listed.key, limit=SLOT_MAX), kid)
-        except KeyMissingError:
-            continue  # removed between the listing and now
-        except (FormatError, RepositoryError) as exc:
-            _log.warning("key slot %s is damaged: %s", listed.key, exc)
-            continue
-        # What a killed 'init' left has the id of a repository that never was.
-        if slot.repository == repository:
-            found.append(slot)
-    return sorted(found, key=lambda slot: (-slot.generation, slot.created, slot.kid))
 
+    def __init__(self, store: Store, repository: str, location: str) -> None:
+        self._store = store
+        self.repository = repository
+        self.location = location
 
-def add_slot(
-    store: Store, ring: Ring, password: bytes, *, label: str = "", kdf: Kdf = DEFAULT_KDF
-) -> Slot:
-    """Let `password` open the repository too. Durable when it returns."""
-    slot = Slot.make(
-        ring,
-        password,
-        kid=os.urandom(16).hex(),
-        created=int(time.time()),
-        label=label,
-        salt=os.urandom(SALT_SIZE),
-        kdf=kdf,
-    )
-    store.create(f"{_PREFIX}/{slot.kid}", slot.encode())
-    return slot
+    def find(self) -> list[Slot]:
+        """All of them, newest keys first. One that can't be read is logged as a warning.
 
+        Raises:
+            StoreError: the storage can't be read.
+        """
+        found = []
+        for listed in self._store.list(_PREFIX):
+            kid = listed.key.rpartition("/")[2]
+            if not is_hex(kid, 32):
+                continue
+            try:
+                slot = Slot.decode(self._store.get(listed.key, limit=SLOT_MAX), kid)
+            except KeyMissingError:
+                continue  # removed between the listing and now
+            except (FormatError, RepositoryError) as exc:
+                _log.warning("key slot %s is damaged: %s", listed.key, exc)
+                continue
+            # What a killed 'init' left has the id of a repository that never was.
+            if slot.repository == self.repository:
+                found.append(slot)
+        return sorted(found, key=lambda slot: (-slot.generation, slot.created, slot.kid))
 
-def remove_slot(store: Store, slot: Slot) -> None:
-    """Delete a slot."""
-    store.delete(f"{_PREFIX}/{slot.kid}")
+    def choose(self, name: str) -> Slot:
+        """The slot with an id, or with a unique beginning of one.
 
+        Raises:
+            UsageError: none, or more than one, fits.
+        """
+        fitting = [slot for slot in self.find() if name and slot.kid.startswith(name)]
+        if len(fitting) != 1:
+            raise UsageError(
+                f"{len(fitting) or 'no'} key slots begin with '{name}', expected one; see"
+                " 'nbdpull key list'"
+            )
+        return fitting[0]
 
-def unlock(store: Store, repository: str, location: str, source: KeySource) -> Ring:
-    """The ring of an encrypted repository.
+    def add(self, ring: Ring, password: bytes, *, label: str = "", kdf: Kdf | None = None) -> Slot:
+        """Let `password` open the repository too. Durable when it returns.
 
-    Raises:
-        WrongKeyError: no key is given, or another one.
-        DamagedError: the password is right, and its slot is not what was written.
-        UsageError: more than one password is given.
-    """
-    ring = ring_of(source)
-    if ring is not None:
-        if ring.repository != repository:
+        Raises:
+            UsageError: the label is too long.
+        """
+        if len(label) > LABEL_MAX:
+            raise UsageError(f"the label has {len(label)} characters, at most {LABEL_MAX} may be")
+        slot = Slot.make(
+            ring,
+            password,
+            kid=os.urandom(16).hex(),
+            created=int(time.time()),
+            label=label,
+            salt=os.urandom(SALT_SIZE),
+            kdf=kdf or DEFAULT_KDF,
+        )
+        self._store.create(f"{_PREFIX}/{slot.kid}", slot.encode())
+        return slot
+
+    def remove(self, slot: Slot) -> None:
+        """Delete a slot."""
+        self._store.delete(f"{_PREFIX}/{slot.kid}")
+
+    def unlock(self, source: KeySource) -> Ring:
+        """The ring.
+
+        Raises:
+            WrongKeyError: no key is given, or another one.
+            DamagedError: the password is right, and its slot is not what was written.
+            UsageError: more than one password is given.
+        """
+        ring = ring_of(source)
+        if ring is not None:
+            if ring.repository != self.repository:
+                raise WrongKeyError(
+                    f"the key file is of repository {ring.repository}, {self.location} is"
+                    f" {self.repository}"
+                )
+            return ring
+        slots = self.find()[:_SLOTS_MAX]
+        if not slots:
             raise WrongKeyError(
-                f"the key file is of repository {ring.repository}, {location} is {repository}"
+                f"repository {self.location} is encrypted and has no usable key slot; give the exported"
+                " recovery key in NBDPULL_KEY_FILE"
             )
-        return ring
-    slots = find_slots(store, repository)[:_SLOTS_MAX]
-    if not slots:
-        raise WrongKeyError(
-            f"repository {location} is encrypted and has no usable key slot; give the exported"
-            " recovery key in NBDPULL_KEY_FILE"
-        )
-    password = password_of(source)
-    if password is None:
-        raise WrongKeyError(
-            f"repository {location} is encrypted and no key is given; set NBDPULL_PASSWORD_FILE,"
-            " NBDPULL_PASSWORD_COMMAND, NBDPULL_PASSWORD or NBDPULL_KEY_FILE"
-        )
-    for slot in slots:
-        try:
-            ring = slot.open(password)
-        except WrongKeyError:
-            continue
-        except FormatError as exc:
-            key = f"{_PREFIX}/{slot.kid}"
-            raise DamagedError(f"key slot {key} is damaged: {exc}", key=key) from exc
-        newest = slots[0].generation
-        if slot.generation < newest:
-            _log.warning(
-                "this password opens generation %d of the keys, the newest is %d: backups made since"
-                " can't be read with it; add it again with 'nbdpull key add'",
-                slot.generation,
-                newest,
+        password = password_of(source)
+        if password is None:
+            raise WrongKeyError(
+                f"repository {self.location} is encrypted and no key is given; set"
+                " NBDPULL_PASSWORD_FILE, NBDPULL_PASSWORD_COMMAND, NBDPULL_PASSWORD or NBDPULL_KEY_FILE"
             )
-        return ring
-    raise WrongKeyError(f"the password opens none of the key slots of repository {location}")
-
-
-def chosen_slot(slots: list[Slot], name: str) -> Slot:
-    """The slot with an id, or with a unique beginning of one.
-
-    Raises:
-        UsageError: none, or more than one, fits.
-    """
-    fitting = [slot for slot in slots if name and slot.kid.startswith(name)]
-    if len(fitting) != 1:
-        raise UsageError(
-            f"{len(fitting) or 'no'} key slots begin with '{name}', expected one; see 'nbdpull key list'"
+        for slot in slots:
+            try:
+                ring = slot.open(password)
+            except WrongKeyError:
+                continue
+            except FormatError as exc:
+                key = f"{_PREFIX}/{slot.kid}"
+                raise DamagedError(f"key slot {key} is damaged: {exc}", key=key) from exc
+            if slot.generation < slots[0].generation:
+                _log.warning(
+                    "this password opens generation %d of the keys, the newest is %d: backups made"
+                    " since can't be read with it; add it again with 'nbdpull key add'",
+                    slot.generation,
+                    slots[0].generation,
+                )
+            return ring
+        raise WrongKeyError(
+            f"the password opens none of the key slots of repository {self.location}"
         )
-    return fitting[0]

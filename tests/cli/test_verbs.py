@@ -27,6 +27,8 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def fake(*args: Any, **kwargs: Any) -> Any:
+            # Whatever opens a repository must be able to ask for its password.
+            assert kwargs.pop("keys").ask is not None
             calls.append((args, kwargs))
             return value
 

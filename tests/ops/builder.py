@@ -19,7 +19,7 @@ from nbdpull.model.grain import (
     segment_count,
     segment_grains,
 )
-from nbdpull.model.ids import BackupId, disk_id
+from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import Level
 from nbdpull.model.segment import Interval, Segment
@@ -100,7 +100,7 @@ def add_backup(
     sessions = {
         name: repository.begin(vm=VM, disk=name, parent=parents.get(name)) for name in disks
     }
-    siblings = tuple((disk_id(VM, name), session.id) for name, session in sessions.items())
+    siblings = tuple((session.disk_id, session.id) for session in sessions.values())
     manifests = {}
     for name, session in sessions.items():
         disk = disks[name]
@@ -143,7 +143,7 @@ def add_backup(
                 time=time,
                 duration_s=1.0,
                 disk=name,
-                disk_id=disk_id(VM, name),
+                disk_id=session.disk_id,
                 session=session.id,
                 size=disk.size,
                 disk_level=level,

@@ -17,7 +17,7 @@ from nbdpull.model.grain import GRAIN
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo.repository import Repository
-from nbdpull.repo.slots import add_slot, find_slots
+from nbdpull.repo.slots import Slots
 from nbdpull.repo.vault import Vault
 from tests.repo.helpers import (
     CHEAP,
@@ -200,14 +200,15 @@ def test_a_writer_of_an_older_generation_goes_on_and_the_new_keys_read_it(tmp_pa
 def test_each_of_two_passwords_opens_the_repository(tmp_path: Path) -> None:
     repository = encrypted(tmp_path / "repo")
     assert repository.vault is not None
-    add_slot(repository._store, repository.vault.ring, b"second", label="safe", kdf=CHEAP)
+    slots = Slots(repository._store, repository.id, "")
+    slots.add(repository.vault.ring, b"second", label="safe", kdf=CHEAP)
     for password in (PASSWORD.decode(), "second"):
         again = Repository.open(
             str(tmp_path / "repo"), keys=KeySource(password=password, environment=False)
         )
         assert again.vault is not None
         assert again.vault.ring == repository.vault.ring
-    assert sorted(slot.label for slot in find_slots(repository._store, repository.id)) == [
+    assert sorted(slot.label for slot in slots.find()) == [
         "",
         "safe",
     ]
