@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import nbd
 import numpy as np
@@ -34,6 +34,7 @@ __all__ = [
     "Connection",
     "RefusedError",
     "ReplyError",
+    "check_uri",
     "is_unix",
     "unix_uri",
     "with_export",
@@ -44,6 +45,7 @@ MAX_REQUEST = 128 * 1024
 
 _IN_FLIGHT_UNIX = 128 * 1024
 _IN_FLIGHT_TCP = 1024 * 1024
+_FORMS = "expected nbd://host:port/export or nbd+unix:///export?socket=path"
 _TICK_MS = 250
 _CONNECT_S = 10.0
 _CONNECT_TRIES = 6
@@ -94,6 +96,25 @@ def with_export(uri: str, export: str) -> str:
 def is_unix(uri: str) -> bool:
     """Whether an NBD URI names a unix socket."""
     return urlsplit(uri).scheme in {"nbd+unix", "nbds+unix"}
+
+
+def check_uri(uri: str) -> None:
+    """Look at an NBD URI without connecting.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        parts = urlsplit(uri)
+    except ValueError as exc:
+        raise UsageError(f"NBD address '{uri}' is no URI ({exc}); {_FORMS}") from exc
+    socket_path = parse_qs(parts.query).get("socket")
+    if parts.scheme in {"nbd", "nbds"}:
+        fits = bool(parts.netloc)
+    else:
+        fits = parts.scheme in {"nbd+unix", "nbds+unix"} and bool(socket_path)
+    if not fits:
+        raise UsageError(f"NBD address '{uri}' is not understood; {_FORMS}")
 
 
 class Connection:
@@ -315,12 +336,9 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
         handle.set_request_structured_replies(bool(contexts))
         handle.aio_connect_uri(uri)
     except nbd.Error as exc:
-        known = urlsplit(uri).scheme in {"nbd", "nbds", "nbd+unix", "nbds+unix"}
-        if not known or exc.errnum in {errno.EINVAL, errno.ENOTSUP}:
-            raise UsageError(
-                f"NBD address '{uri}' is not usable ({exc.string}); expected nbd://host:port/export"
-                " or nbd+unix:///export?socket=path"
-            ) from exc
+        check_uri(uri)
+        if exc.errnum in {errno.EINVAL, errno.ENOTSUP}:
+            raise UsageError(f"NBD address '{uri}' is not usable ({exc.string}); {_FORMS}") from exc
         raise _unconnected(uri, exc) from exc
     return handle
 

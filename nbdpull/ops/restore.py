@@ -207,8 +207,9 @@ def _place_files(
     if not options.force:
         there = [f"'{path}'" for path in paths.values() if path.is_symlink() or path.exists()]
         if there:
+            exists, it = ("exists", "it") if len(there) == 1 else ("exist", "them")
             raise UsageError(
-                f"{', '.join(there)} exists; give --force to replace it, or restore elsewhere"
+                f"{', '.join(there)} {exists}; give --force to replace {it}, or restore elsewhere"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -326,7 +326,7 @@ class Repository:
         of_vm = f" of VM '{vm}'" if vm is not None else ""
         if not (everything if name != "latest" else backups):
             raise BackupNotFoundError(
-                f"repository {self.location} has no backup{of_vm}; see 'nbdpull list'"
+                f"repository {self.location} has no backup{of_vm}; make one with 'nbdpull backup'"
             )
         if name == "latest":
             complete = [found for found in backups if found.complete and found.forgotten is None]

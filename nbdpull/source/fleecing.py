@@ -288,7 +288,15 @@ class QemuPointInTime:
             if plan.base is not None:
                 arguments["bitmaps"] = [{"node": plan.disk.node, "name": self._names.bitmap}]
                 context = f"qemu:dirty-bitmap:{self._names.bitmap}"
-            await self._monitor.execute("block-export-add", arguments)
+            try:
+                await self._monitor.execute("block-export-add", arguments)
+            except CommandError as exc:
+                if "server not running" in exc.description:
+                    raise SourceError(
+                        f"this QEMU has no NBD server at {self._options.nbd_address}; start one with"
+                        " nbd-server-start, or leave --nbd-address out and nbdpull starts its own"
+                    ) from exc
+                raise
             self._push(f"removing export {export}", partial(self._end_export, export))
             whole = context is None or not self._options.guest_first
             served.append(

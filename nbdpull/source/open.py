@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from nbdpull.errors import UsageError
+from nbdpull.nbdio.connection import check_uri
 from nbdpull.source.address import MonitorAddress, SourceAddress, parse_source
 from nbdpull.source.base import Known, Source
 from nbdpull.source.fleecing import QemuOptions
@@ -32,6 +33,8 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
                 raise UsageError(
                     f"{option} is about a running QEMU, and the source is '{sources[0]}'; leave it out"
                 )
+    elif qemu.nbd_address is not None:
+        check_uri(qemu.nbd_address)
     return address
 
 

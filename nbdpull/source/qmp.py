@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
@@ -141,6 +142,10 @@ def _connect_socket(address: MonitorAddress) -> tuple[socket.socket, tuple[int, 
             f"no QMP socket at {address.path}; start QEMU with -qmp unix:{address.path},server=on,wait=off"
         ) from exc
     except ConnectionRefusedError as exc:
+        if address.path is not None and not Path(address.path).is_socket():
+            raise MonitorError(
+                f"{address.path} is no socket; expected the path of QEMU's -qmp unix:PATH"
+            ) from exc
         raise MonitorError(f"nobody listens at {address}; is QEMU running?") from exc
     except PermissionError as exc:
         raise MonitorError(

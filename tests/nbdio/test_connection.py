@@ -18,6 +18,7 @@ from nbdpull.nbdio.connection import (
     Cancelled,
     Connection,
     ReplyError,
+    check_uri,
     is_unix,
     unix_uri,
     with_export,
@@ -284,8 +285,27 @@ def test_server_without_extents_is_told(nbdkit: Serve) -> None:
     "uri", ["/run/socket", "http://localhost/", "nbd+vsock:///", "nbd+unix:///"]
 )
 def test_address_that_is_none_is_a_usage_error(uri: str) -> None:
-    with pytest.raises(UsageError, match="expected nbd://"):
-        Connection.open(uri)
+    for look in (Connection.open, check_uri):
+        with pytest.raises(UsageError, match="expected nbd://"):
+            look(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nbd://localhost",
+        "nbd://[::1]:10809/x",
+        "nbd+unix:///?socket=/a",
+        "nbds+unix:///e?socket=/a",
+    ],
+)
+def test_address_that_is_one_is_taken(uri: str) -> None:
+    check_uri(uri)
+
+
+def test_address_that_is_no_uri_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no URI"):
+        check_uri("nbd://[::1")
 
 
 # -- what is in flight -----------------------------------------------------------------------------

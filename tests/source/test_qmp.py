@@ -167,7 +167,7 @@ def test_socket_that_nobody_listens_on(tmp_path: Path) -> None:
 def test_file_that_is_no_socket(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(MonitorError, match=r"nobody listens|expected a unix socket"):
+    with pytest.raises(MonitorError, match=f"{path} is no socket; expected"):
         ask(path)
 
 
