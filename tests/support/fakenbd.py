@@ -6,7 +6,7 @@ from the NBD specification alone: fixed newstyle handshake, structured replies, 
 
 from __future__ import annotations
 
-import os
+import itertools
 import socket
 import struct
 import threading
@@ -26,6 +26,7 @@ _GO, _STRUCTURED_REPLY, _SET_META_CONTEXT = 7, 8, 10
 _ACK, _INFO, _META_CONTEXT, _UNSUPPORTED = 1, 3, 4, (1 << 31) + 1
 _CMD_READ, _CMD_DISC, _CMD_BLOCK_STATUS = 0, 2, 7
 _CONTEXT_ID = 17
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class FakeNbd:
         self.replies: list[int] = []
         self._extents = extents
         self._deaf = deaf
-        self._path = folder / f"fake{os.urandom(2).hex()}"
+        self._path = folder / f"fake{next(_numbers)}"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._path))
         self._listener.listen(8)
@@ -78,6 +79,7 @@ class FakeNbd:
                 self._client.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._listener.close()
+        self._path.unlink()
 
     def _serve(self) -> None:
         with suppress(OSError):

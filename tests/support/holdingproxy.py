@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import select
 import socket
 import threading
@@ -13,6 +13,7 @@ from typing import Self
 __all__ = ["HoldingProxy"]
 
 _QUIET_S = 0.05
+_numbers = itertools.count()
 
 
 class HoldingProxy:
@@ -33,7 +34,7 @@ class HoldingProxy:
             self._listener = socket.create_server(("127.0.0.1", 0))
             self.uri = f"nbd://127.0.0.1:{self._listener.getsockname()[1]}"
         else:
-            path = folder / f"proxy{os.urandom(2).hex()}"
+            path = folder / f"proxy{next(_numbers)}"
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(path))
             self._listener.listen(16)
