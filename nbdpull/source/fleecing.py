@@ -160,15 +160,19 @@ class QemuPointInTime:
         for index, plan in enumerate(self._plans):
             path = await asyncio.to_thread(self._rundir.make_scratch, index, plan.disk.size)
             node = self._names.scratch(index)
-            await self._monitor.execute(
-                "blockdev-add",
-                {
-                    "driver": "file",
-                    "node-name": node,
-                    "filename": path,
-                    "discard": "unmap",
-                },
-            )
+            add = {"driver": "file", "node-name": node, "filename": path, "discard": "unmap"}
+            try:
+                await self._monitor.execute("blockdev-add", add)
+            except CommandError as exc:
+                if "Permission denied" not in exc.description:
+                    raise
+                uid = self._monitor.peer_uid
+                user = "" if uid is None else f", which runs as user {uid},"
+                raise SourceError(
+                    f"QEMU{user} may not open the scratch image {path}; run nbdpull as the user that"
+                    " QEMU runs as, or as root (AppArmor or SELinux may forbid it, too: then choose a"
+                    " folder that QEMU may use with --scratch)"
+                ) from exc
             self._push_delete(node)
 
     async def _freeze_by_job(self) -> None:
