@@ -21,8 +21,6 @@ from nbdpull.model.results import (
     BackupInfo,
     BackupResult,
     CleanupResult,
-    DoctorResult,
-    EstimateResult,
     ForgetResult,
     GcResult,
     InitResult,
@@ -33,6 +31,7 @@ from nbdpull.model.results import (
     RestoreResult,
     ShowResult,
     UndoResult,
+    VerifyLevel,
     VerifyResult,
 )
 from nbdpull.model.retention import Policy
@@ -40,8 +39,6 @@ from nbdpull.model.retention import Policy
 __all__ = [
     "backup",
     "cleanup",
-    "doctor",
-    "estimate",
     "forget",
     "gc",
     "init",
@@ -308,15 +305,24 @@ async def verify(
     backups: Sequence[str] = (),
     *,
     vm: str | None = None,
+    level: VerifyLevel | Literal["list", "sample", "full"] = "full",
+    share: float = 0.01,
+    seed: int | None = None,
+    record: bool = True,
     keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyResult:
-    """Read again and hash again everything that backups refer to.
+    """Look again at what backups refer to.
 
     Args:
         repository: where they are.
         backups: ids, unique prefixes or ``latest``; none means all.
         vm: only the backups of this VM.
+        level: ``list`` compares the sizes of packs with what was written, ``sample`` also reads and
+            hashes the maps and a share of the frames, ``full`` reads and hashes everything.
+        share: of the frames, above 0 to 1, that a sample reads.
+        seed: chooses the frames of a sample; None for a random one.
+        record: put damage on record in the repository: the next backup then heals what it can.
         keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
@@ -324,15 +330,31 @@ async def verify(
         What was found. Damage is a result, not an error: look at `ok`.
 
     Raises:
+        UsageError: the arguments can't be.
         RepositoryNotFoundError: there is no repository.
         WrongKeyError: the key does not open it.
         BackupNotFoundError: no backup fits one of `backups`, or more than one.
         StoreError: the storage can't be read.
     """
     names = _names("backups", backups)
+    try:
+        wanted = VerifyLevel(level)
+    except ValueError:
+        raise UsageError(f"level is '{level}'; expected one of {', '.join(VerifyLevel)}") from None
+    if not 0 < share <= 1:
+        raise UsageError(f"share is {share}; expected more than 0 and at most 1")
     from nbdpull.ops import verify as op
 
-    options = op.VerifyOptions(repository=os.fspath(repository), backups=names, vm=vm, keys=keys)
+    options = op.VerifyOptions(
+        repository=os.fspath(repository),
+        backups=names,
+        vm=vm,
+        level=wanted,
+        share=share,
+        seed=seed,
+        record=record,
+        keys=keys,
+    )
     return await op.verify(options, progress=progress)
 
 
@@ -596,96 +618,6 @@ async def repack(
         repository=os.fspath(repository), vm=vm, ratio=ratio, dry_run=dry_run, keys=keys
     )
     return await op.repack(options, progress=progress)
-
-
-async def estimate(
-    source: str | Sequence[str],
-    repository: str | os.PathLike[str],
-    *,
-    level: Level | Literal["auto", "full", "incremental", "differential", "copy"] = "auto",
-    vm: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    chain: str = "default",
-    keys: KeySource | None = None,
-) -> EstimateResult:
-    """Tell what a backup would read now; nothing is changed anywhere.
-
-    Args:
-        source: as for `backup`.
-        repository: where its earlier backups are.
-        level: as for `backup`.
-        vm: as for `backup`.
-        include: as for `backup`.
-        exclude: as for `backup`.
-        chain: as for `backup`.
-        keys: as for `backup`.
-
-    Raises:
-        UsageError: the arguments can't be.
-        InUseError: the monitor is in use.
-        RepositoryNotFoundError: there is no repository.
-        SourceError: QEMU can't be reached.
-    """
-    include = _names("include", include)
-    exclude = _names("exclude", exclude)
-    from nbdpull.ops import estimate as op
-
-    options = op.EstimateOptions(
-        source=_sources(source),
-        repository=os.fspath(repository),
-        level=_level(level),
-        vm=vm,
-        include=include,
-        exclude=exclude,
-        chain=chain,
-        keys=keys,
-    )
-    return await op.estimate(options)
-
-
-async def doctor(
-    source: str | Sequence[str],
-    repository: str | os.PathLike[str] | None = None,
-    *,
-    vm: str | None = None,
-    chain: str = "default",
-    guest_first: bool = False,
-    nbd_address: str | None = None,
-    scratch: str | os.PathLike[str] | None = None,
-    keys: KeySource | None = None,
-) -> DoctorResult:
-    """Tell what a backup would stumble over, before it does.
-
-    Args:
-        source: as for `backup`.
-        repository: where it would go; None looks at the source only.
-        vm: as for `backup`.
-        chain: as for `backup`.
-        guest_first: as for `backup`.
-        nbd_address: as for `backup`.
-        scratch: as for `backup`.
-        keys: as for `backup`.
-
-    Returns:
-        What was found. That the source or the repository can't be reached is a finding, not an error.
-
-    Raises:
-        UsageError: the arguments can't be.
-    """
-    from nbdpull.ops import doctor as op
-
-    options = op.DoctorOptions(
-        source=_sources(source),
-        repository=None if repository is None else os.fspath(repository),
-        vm=vm,
-        chain=chain,
-        guest_first=guest_first,
-        nbd_address=nbd_address,
-        scratch=None if scratch is None else os.fspath(scratch),
-        keys=keys,
-    )
-    return await op.doctor(options)
 
 
 def _level(level: str) -> Level | None:

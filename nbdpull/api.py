@@ -26,8 +26,6 @@ __all__ = [
     "backup",
     "cancellable",
     "cleanup",
-    "doctor",
-    "estimate",
     "forget",
     "gc",
     "init",
@@ -205,7 +203,3 @@ key_remove = _blocking(aio.key_remove)
 key_rotate = _blocking(aio.key_rotate)
 key_export = _blocking(aio.key_export)
 key_import = _blocking(aio.key_import)
-
-
-estimate = _blocking(aio.estimate)
-doctor = _blocking(aio.doctor)

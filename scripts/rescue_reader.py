@@ -213,8 +213,8 @@ class Disk:
                 raw = path.read_bytes()
                 if raw[:8] != b"NBDPHEA1":
                     continue
-                for at in range(64, len(raw) - 127, 96):
-                    old, seq, offset, _, clen, _, sid, *there = struct.unpack_from(HEAL, raw, at)
+                for at in range(64, len(raw) - 159, 128):
+                    old, seq, offset, clen, _, _, sid, *there = struct.unpack_from(HEAL, raw, at)
                     target = (sid.hex(), there[0], there[1]), clen
                     self.heals.setdefault((old.hex(), seq, offset), []).append(target)
         return self.heals

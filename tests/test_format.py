@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from nbdpull.ops.restore import RestoreOptions, restore
 from nbdpull.ops.verify import VerifyOptions, verify
 from nbdpull.repo.repository import Repository
 from tests.ops.builder import Disk, add_backup
+from tests.ops.healing import make_history
 from tests.ops.test_restore import flip, packs
 from tests.target.helpers import MIB, disk_bytes
 
@@ -238,3 +240,18 @@ def test_rescue_reader_names_what_is_lost_and_saves_the_rest(
     assert f"lost: bytes 0 to {MIB}: " in done.stderr
     assert f"{MIB} bytes are lost" in done.stderr
     assert (tmp_path / "out").read_bytes() == bytes(MIB) + disk.content()[MIB:]
+
+
+def test_rescue_reader_follows_records_of_healing(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    history = make_history(tmp_path, seed=2, frames=12, backups=2)
+    for place, clen in rng.sample(history.whole_frames(history.manifests[-1]), 4):
+        history.damage(place, clen, rng)
+    before = rescue(history.repository.location, f"{1:016x}", "vda", tmp_path / "before")
+    assert before.returncode == 1
+    history.verify()
+    assert history.back_up(parent=history.manifests[-1]) == 4
+    for number, content in enumerate(history.contents):
+        out = tmp_path / str(number)
+        assert rescue(history.repository.location, f"{number:016x}", "vda", out).returncode == 0
+        assert out.read_bytes() == content

@@ -34,8 +34,6 @@ _VERBS = (
     "gc",
     "repack",
     "key",
-    "estimate",
-    "doctor",
 )
 _EXIT_SIGNAL = 128
 

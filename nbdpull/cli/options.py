@@ -47,9 +47,7 @@ def _given(context: click.Context, _parameter: click.Parameter, value: str | Non
     return value
 
 
-def repository_option(
-    *, needed: bool = True, text: str = "A repository whose backups' checkpoints are to stay."
-) -> Callable[[_F], _F]:
+def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
     """``-r/--repository``."""
     return click.option(
         "-r",
@@ -58,7 +56,9 @@ def repository_option(
         show_envvar=True,
         metavar="REPO",
         callback=_given if needed else None,
-        help="The repository: a folder." if needed else text,
+        help="The repository: a folder."
+        if needed
+        else "A repository whose backups' checkpoints are to stay.",
     )
 
 

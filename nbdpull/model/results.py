@@ -14,12 +14,7 @@ __all__ = [
     "BackupResult",
     "CleanupResult",
     "Damage",
-    "DiskEstimate",
     "DiskInfo",
-    "DoctorResult",
-    "EstimateResult",
-    "Finding",
-    "FindingKind",
     "ForgetResult",
     "Forgotten",
     "GcResult",
@@ -37,6 +32,7 @@ __all__ = [
     "RestoredDisk",
     "ShowResult",
     "UndoResult",
+    "VerifyLevel",
     "VerifyResult",
 ]
 
@@ -146,60 +142,6 @@ class BackupResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiskEstimate:
-    """What a backup would read of one disk.
-
-    Attributes:
-        changed_bytes: what its bitmap holds now; of a full what the image's data takes. None where that is
-            not known before the backup.
-    """
-
-    name: str
-    size: int
-    level: Level
-    reason: str
-    changed_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EstimateResult:
-    """What a backup would be now."""
-
-    vm: str
-    chain: str
-    level: Level
-    parent: str | None
-    disks: tuple[DiskEstimate, ...]
-
-
-class FindingKind(StrEnum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    """A backup works, with a cost or a risk that one should know."""
-    PROBLEM = "problem"
-    """A backup would fail."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that `doctor` looked at; `text` says what was found, and what to do."""
-
-    kind: FindingKind
-    subject: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DoctorResult:
-    """What `doctor` found; `ok` when nothing of it would make a backup fail."""
-
-    ok: bool
-    findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredDisk:
     """One disk that was restored.
 
@@ -242,9 +184,26 @@ class Damage:
     ranges: tuple[tuple[int, int], ...] = ()
 
 
+class VerifyLevel(StrEnum):
+    """How much `verify` reads."""
+
+    LIST = "list"
+    """Manifests and indexes; of packs only whether they are there with their size."""
+    SAMPLE = "sample"
+    """Also the maps, and a random share of the frames."""
+    FULL = "full"
+    """Everything."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyResult:
-    """What `verify` read, and what it found."""
+    """What `verify` read, and what it found.
+
+    Attributes:
+        healed: damaged frames that were read from a copy which a later backup stored: nothing is lost.
+        recorded: rows of damage that were added to the repository, for the next backup to heal.
+        share, seed: of a sample; the same ones choose the same frames again.
+    """
 
     ok: bool
     backups: tuple[str, ...]
@@ -252,6 +211,11 @@ class VerifyResult:
     read_bytes: int
     damaged: tuple[Damage, ...]
     duration_s: float
+    level: VerifyLevel = VerifyLevel.FULL
+    healed: int = 0
+    recorded: int = 0
+    share: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

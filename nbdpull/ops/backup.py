@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ from nbdpull.model.results import (
     ProgressKind,
 )
 from nbdpull.nbdio.connection import Cancelled
+from nbdpull.ops.heal import Healer, lost_segments
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
@@ -53,15 +54,7 @@ from nbdpull.version import __version__
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
 
-__all__ = [
-    "AUDIT",
-    "GUEST_DELAY_S",
-    "BackupOptions",
-    "Chain",
-    "backup",
-    "backup_level",
-    "parent_of",
-]
+__all__ = ["AUDIT", "GUEST_DELAY_S", "BackupOptions", "backup"]
 
 
 _TRIED = 3
@@ -129,13 +122,16 @@ class _Chosen:
     checkpoint: str | None
 
 
-class Chain:
+class _Chain:
     """What the repository knows of one VM's chain."""
 
-    def __init__(self, repository: Repository, vm: str, chain: str) -> None:
+    def __init__(
+        self, repository: Repository, vm: str, chain: str, *, sees_changes_only: bool
+    ) -> None:
         self.repository = repository
         self.vm = vm
         self.chain = chain
+        self.sees_changes_only = sees_changes_only
         self.id = chain_id(repository.id, vm, chain)
         self._all: dict[str, Backup] = {found.id: found for found in repository.backups()}
         self._manifests: dict[str, Manifest] = {}
@@ -169,11 +165,13 @@ class Chain:
         def check(base: Base) -> str | None:
             try:
                 manifest = self.repository.manifest(by_backup[BackupId(base.backup)])
-                missing = self.repository.reader(manifest).missing_packs()
+                missing = self.repository.reader(manifest).missing_packs(copies=False)
             except (DamagedError, RepositoryError, WrongKeyError) as exc:
                 return str(exc)
             if missing:
                 return f"the repository misses {missing[0]}, which it refers to"
+            if self.sees_changes_only and lost_segments(self.repository.damage.lost(), manifest):
+                return "frames that it refers to are damaged, and --guest-first shows only changes"
             self._manifests[f"{disk}/{base.backup}"] = manifest
             return None
 
@@ -230,13 +228,13 @@ class Chain:
         return None
 
 
-def backup_level(decisions: Iterable[Decision]) -> Level:
+def _backup_level(chosen: Sequence[_Chosen]) -> Level:
     """A backup is called by what its disks were read as: full only when all were."""
-    levels = {decision.level for decision in decisions}
+    levels = {one.decision.level for one in chosen}
     return next((level for level in levels if level is not Level.FULL), Level.FULL)
 
 
-def known_disks(repository: Repository, vm: str | None) -> Known:
+def _known_disks(repository: Repository, vm: str | None) -> Known:
     """What the repository's backups, of one VM or all, know of checkpoints that are found."""
     by_checkpoint: dict[str, list[KnownDisk]] = {}
     for summary in repository.summaries():
@@ -246,14 +244,8 @@ def known_disks(repository: Repository, vm: str | None) -> Known:
     return lambda names: [disk for name in names for disk in by_checkpoint.get(name, ())]
 
 
-def parent_of(decisions: Iterable[Decision], chain: Chain) -> BackupId | None:
-    """The newest of the backups that the disks are counted from."""
-    bases = {decision.base.backup for decision in decisions if decision.base is not None}
-    return next((found.id for found in chain.backups if found.id in bases), None)
-
-
 async def _recover(
-    source: Source, options: BackupOptions, chain: Chain, say: Callable[[str], None]
+    source: Source, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
 ) -> None:
     """Clear away what a dead run left, and refuse to run beside a live one of the same chain."""
     swept = await source.sweep(chain.committed)
@@ -295,14 +287,16 @@ async def backup(
         if progress is not None:
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
-    known = await call(known_disks, repository, options.vm)
+    known = await call(_known_disks, repository, options.vm)
     async with open_source(options.source, qemu, known=known) as source:
         vm = options.vm
         if vm is None:
             vm, warning = await source.vm_name()
             if warning is not None:
                 say(warning)
-        chain = await call(Chain, repository, vm, options.chain)
+        chain = await call(
+            _Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
+        )
         await _recover(source, options, chain, say)
         disks = await source.disks(include=options.include, exclude=options.exclude)
         backup_id = BackupId(secrets.token_hex(8))
@@ -335,7 +329,7 @@ class _Run:
         options: BackupOptions,
         source: Source,
         repository: Repository,
-        chain: Chain,
+        chain: _Chain,
         vm: str,
         backup_id: BackupId,
         chosen: Sequence[_Chosen],
@@ -349,7 +343,7 @@ class _Run:
         self.backup_id = backup_id
         self.chosen = list(chosen)
         self.progress = progress
-        self.level = backup_level(one.decision for one in chosen)
+        self.level = _backup_level(chosen)
         self.sessions: list[Session] = []
         self._stop: Callable[[], None] = lambda: None
 
@@ -371,7 +365,7 @@ class _Run:
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
             lies = self._heed_audit(pulls)
-            await call(self._seal)
+            await call(self._seal, pulls)
             duration_s = time.monotonic() - clock
             summaries = await call(self._commit, pulls, began, duration_s)
         except BaseException:
@@ -404,6 +398,7 @@ class _Run:
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else 0,
+                    healer=Healer(self.repository, session, reader, size=one.disk.size),
                 )
             )
         return pulls
@@ -437,16 +432,25 @@ class _Run:
                     f"disk '{one.disk.name}' was read in full: {reason}; its earlier incrementals of this"
                     " chain may miss writes"
                 )
-        self.level = backup_level(one.decision for one in self.chosen)
+        self.level = _backup_level(self.chosen)
         return warnings
 
-    def _seal(self) -> None:
+    def _seal(self, pulls: Sequence[DiskPull]) -> None:
         for session in self.sessions:
             session.seal()
+        for one in pulls:
+            if one.healer is not None and (count := one.healer.record()):
+                self._say(f"disk {one.name}: {count} damaged frames of older backups are healed")
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
     def _commit(self, pulls: Sequence[DiskPull], began: float, duration_s: float) -> list[Summary]:
         siblings = tuple((session.disk_id, session.id) for session in self.sessions)
-        parent = parent_of((one.decision for one in self.chosen), self.chain)
+        # Disks may be counted from different backups: the newest of these is the parent.
+        bases = {one.decision.base.backup for one in self.chosen if one.decision.base is not None}
+        parent = next((found.id for found in self.chain.backups if found.id in bases), None)
         summaries = []
         for one, done, session in zip(self.chosen, pulls, self.sessions, strict=True):
             full_checkpoint = None

@@ -39,6 +39,7 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
+from nbdpull.ops.heal import Healer
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
@@ -75,6 +76,7 @@ class DiskPull:
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
         lie: set when the audit found that it is wrong: then the disk was read in full.
+        healer: what of this disk the repository lost; None when nothing is known to be.
     """
 
     name: str
@@ -85,12 +87,17 @@ class DiskPull:
     session: Session
     audit: int = 0
     lie: list[str] = field(default_factory=list)
+    healer: Healer | None = None
     counts: PullCounts = field(default_factory=PullCounts)
 
 
 @dataclass(slots=True)
 class _SegmentWork:
-    """A segment under way: what is to become of its grains, and how much of it is still out."""
+    """A segment under way: what is to become of its grains, and how much of it is still out.
+
+    Attributes:
+        before: what clean grains are taken from, where that is not simply the parent's map.
+    """
 
     disk: DiskPull
     index: int
@@ -99,6 +106,7 @@ class _SegmentWork:
     open_batches: int
     known: Sequence[KnownFrame] = ()
     """What an earlier backup has at these places, sorted."""
+    before: Segment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +271,9 @@ class _Pull:
                     f"export of disk '{disk.name}' has {connection.size} bytes, expected {disk.size};"
                     " the disk was resized just now, or --nbd-address names another server: try again"
                 )
+            read = self._source(disk, connection)
             if disk.context is None:
-                self._plan_segments(disk, None, allocation_reader(connection, strict=False))
+                self._plan_segments(disk, None, allocation_reader(connection, strict=False), read)
                 return
             # Its own connection: where the point in time shows changed ranges only, an error reply
             # to two contexts at once breaks the connection.
@@ -273,10 +282,20 @@ class _Pull:
                 lie = self._audit(disk, connection, second)
                 if lie is not None:
                     disk.lie.append(lie)
-                    self._plan_segments(disk, None, allocation_reader(connection, strict=False))
+                    allocation = allocation_reader(connection, strict=False)
+                    self._plan_segments(disk, None, allocation, read)
                     return
                 allocation = allocation_reader(connection, strict=True)
-                self._plan_segments(disk, dirty_reader(second, disk.context), allocation)
+                self._plan_segments(disk, dirty_reader(second, disk.context), allocation, read)
+
+    def _source(self, disk: DiskPull, connection: Connection) -> Callable[[int, int], bytes]:
+        def read(offset: int, length: int) -> bytes:
+            buffer = bytearray(length)
+            connection.read_into(memoryview(buffer), offset)
+            self.meter.add(disk, 0, read=length)
+            return bytes(buffer)
+
+        return read
 
     def _audit(self, disk: DiskPull, connection: Connection, second: Connection) -> str | None:
         if not disk.audit or disk.parent is None or disk.context is None:
@@ -307,7 +326,11 @@ class _Pull:
         return audit.lie()
 
     def _plan_segments(
-        self, disk: DiskPull, dirty: StatusReader | None, allocation: StatusReader
+        self,
+        disk: DiskPull,
+        dirty: StatusReader | None,
+        allocation: StatusReader,
+        read: Callable[[int, int], bytes],
     ) -> None:
         for index in range(segment_count(disk.size)):
             if self.cancel.is_set():
@@ -322,12 +345,14 @@ class _Pull:
             else:
                 changed = _plan_changed(kinds, dirty, allocation, base, end)
             work = _SegmentWork(disk, index, kinds, [], 0)
+            if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):
+                work.before = disk.healer.plan(index, kinds, read)
             batches = _batches(work)
             if batches:
                 work.known = disk.session.known(index, kinds)
             to_read = sum(n for batch in batches for _, n in batch.runs) * GRAIN
             self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
-            if changed and not batches:
+            if (changed or work.before is not None) and not batches:
                 self._finish(work)
             for batch in batches:
                 self.give(batch)
@@ -411,7 +436,9 @@ class _Pull:
     def _finish(self, work: _SegmentWork) -> None:
         """Every byte of the segment is in: write its map."""
         disk = work.disk
-        before = disk.parent.segment(work.index) if disk.parent is not None else Segment.empty()
+        before = work.before
+        if before is None:
+            before = disk.parent.segment(work.index) if disk.parent else Segment.empty()
         work.intervals.sort(key=lambda interval: interval.start)
         disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
 

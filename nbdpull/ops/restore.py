@@ -18,6 +18,7 @@ from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
 from nbdpull.ops.disknames import disk_names
+from nbdpull.ops.lost import record_lost
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.push import DiskPush, push
 from nbdpull.ops.threads import in_thread, worker_count
@@ -93,13 +94,14 @@ def _restore(
     chosen = _choose(repository, backup, options)
     place = _place(options, chosen, cancel)
     manifests = [repository.manifest(summary) for summary in chosen]
-    _check_packs(repository, manifests)
+    _check_packs(repository, manifests, cancel)
     restored: list[RestoredDisk] = []
     for manifest in manifests:
         summary = manifest.summary
         meter = Meter(progress, verb="restore", disk=summary.disk, total=summary.size)
         meter.start()
         target = place(summary)
+        reader = repository.reader(manifest)
         try:
             if target.note:
                 _log.info("%s", target.note)
@@ -107,12 +109,16 @@ def _restore(
             disk = DiskPush(
                 name=summary.disk,
                 size=summary.size,
-                reader=repository.reader(manifest),
+                reader=reader,
                 target=target,
                 meter=meter,
             )
             written = push(disk, cancel=cancel)
             target.finish()
+        except DamagedError as exc:
+            # `cancel` is set by now: the workers were ended.
+            record_lost(repository, reader, [exc.key], threading.Event())
+            raise
         finally:
             target.abort()
         meter.end()
@@ -148,11 +154,15 @@ def _choose(repository: Repository, backup: Backup, options: RestoreOptions) -> 
     return chosen
 
 
-def _check_packs(repository: Repository, manifests: Sequence[Manifest]) -> None:
+def _check_packs(
+    repository: Repository, manifests: Sequence[Manifest], cancel: threading.Event
+) -> None:
     """Fail before anything is written when packs are known to be missing."""
     for manifest in manifests:
-        missing = repository.reader(manifest).missing_packs()
-        if missing:
+        reader = repository.reader(manifest)
+        missing = reader.missing_packs()
+        # What is cut may have lost nothing that this disk needs, or only its directory.
+        if missing and record_lost(repository, reader, missing, cancel):
             listed = ", ".join(missing[:_LISTED])
             more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
             raise DamagedError(

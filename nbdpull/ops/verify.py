@@ -1,46 +1,55 @@
-"""Verify: everything that backups refer to is read again and hashed again, each frame once.
+"""Verify: what backups refer to is looked at again, each object and each frame once.
+
+    level   packs are there      maps, and    every   what stands around the
+            with their size      a share      frame   frames of a pack
+    list         x
+    sample       x                   x
+    full         x                            x                x
 
     backups, oldest first       maps not seen before      frames not seen before     workers
     one manifest in memory  ->  one segment decoded   ->  batches in pack order  ->  read and re-hash
 
 Memory holds eight bytes for each frame seen. What is damaged is only noted on the way; at the end the
-backups are gone through again, to tell exactly which ranges of which disks refer to it.
+backups are gone through again, to tell exactly which ranges of which disks are lost, and to put it on
+record for the next backup, which heals what its source still holds.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbdpull.errors import DamagedError
-from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.damage import DamagedFrame, Place
+from nbdpull.model.frame import HEADER_SIZE, FrameKind
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, SegmentRef, Summary
-from nbdpull.model.results import Damage, ProgressCallback, VerifyResult
+from nbdpull.model.results import ProgressCallback, VerifyLevel, VerifyResult
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.disknames import disk_names
+from nbdpull.ops.findings import Damages, Findings, Keys, Seen
+from nbdpull.ops.lost import Suspect, damaged_frame, record_damage, suspects
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import in_thread, run_all, worker_count
+from nbdpull.repo.damage import KNOWN_MAX, Pack
 from nbdpull.repo.repository import Backup, DiskReader, Repository
 
 __all__ = ["VerifyOptions", "verify"]
 
 _log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _BATCH_GRAINS = 64
 _BATCH_FRAMES = 64
-
-_Keys = NDArray[np.uint64]
-"""Places in the packs of one session: seq << 32 | offset."""
-_Place = tuple[str, int, int]
-"""(session, seq, offset) of a frame, the same in every manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +60,27 @@ class VerifyOptions:
         repository: where the backups are.
         backups: ids, unique prefixes or ``latest``; empty for all.
         vm: only backups of this VM; None for any.
+        level: how much to read.
+        share: of the frames, above 0 to 1, that a sample reads.
+        seed: chooses the frames of a sample; None for a random one.
+        record: put damage on record in the repository, for the next backup to heal.
         keys: what opens an encrypted repository; None looks in the environment.
     """
 
     repository: str
     backups: tuple[str, ...] = ()
     vm: str | None = None
+    level: VerifyLevel = VerifyLevel.FULL
+    share: float = 0.01
+    seed: int | None = None
+    record: bool = True
     keys: KeySource | None = None
 
 
 async def verify(
     options: VerifyOptions, *, progress: ProgressCallback | None = None
 ) -> VerifyResult:
-    """Read and re-hash every frame that the backups refer to, and tell what is lost.
+    """Look at what the backups refer to, and tell what is lost.
 
     Damage is part of the result, not an error.
 
@@ -73,110 +90,6 @@ async def verify(
         StoreError: the storage failed in a way that says nothing about what is stored.
     """
     return await in_thread(lambda cancel: _Verify(options, progress, cancel).run())
-
-
-class _Seen:
-    """A growing set of keys of one session."""
-
-    def __init__(self) -> None:
-        self._keys: _Keys = np.empty(1024, dtype=np.uint64)
-        self._count = 0
-
-    def add(self, keys: _Keys) -> NDArray[np.bool_]:
-        """Add sorted, distinct `keys`; True for each that was not there."""
-        known = self._keys[: self._count]
-        place = np.searchsorted(known, keys)
-        fresh = np.ones(len(keys), dtype=np.bool_)
-        inside = place < self._count
-        fresh[inside] = known[place[inside]] != keys[inside]
-        new = keys[fresh]
-        if len(new):
-            self._insert(new)
-        return fresh
-
-    def _insert(self, new: _Keys) -> None:
-        count = self._count + len(new)
-        if count > len(self._keys):
-            # Doubling would leave half of it unused in a large repository.
-            self._keys = np.resize(self._keys, max(count, len(self._keys) * 5 // 4))
-        ordered = not self._count or new[0] > self._keys[self._count - 1]
-        self._keys[self._count : count] = new
-        self._count = count
-        if not ordered:
-            self._keys[:count].sort(kind="stable")
-
-
-@dataclass(slots=True)
-class _Findings:
-    """What was found, from any thread."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    frames: int = 0
-    read_bytes: int = 0
-    bad: dict[_Place, DamagedError] = field(default_factory=dict)
-
-    def count(self, frames: int, read_bytes: int) -> None:
-        with self.lock:
-            self.frames += frames
-            self.read_bytes += read_bytes
-
-    def add(self, place: _Place, exc: DamagedError) -> None:
-        with self.lock:
-            self.bad[place] = exc
-
-
-class _Damages:
-    """Collects damage by object and disk, so that a lost pack is one entry with all its ranges."""
-
-    def __init__(self) -> None:
-        self._problems: dict[tuple[str, str | None, str | None], list[str]] = {}
-        self._ranges: dict[tuple[str, str | None, str | None], list[tuple[int, int]]] = {}
-
-    def add(
-        self,
-        key: str,
-        problem: str,
-        summary: Summary | None = None,
-        ranges: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        where = (key, summary.backup if summary else None, summary.disk if summary else None)
-        problems = self._problems.setdefault(where, [])
-        if problem not in problems:
-            problems.append(problem)
-        self._ranges.setdefault(where, []).extend(ranges)
-
-    def keys(self) -> set[str]:
-        return {key for key, _, _ in self._problems}
-
-    def result(self) -> tuple[Damage, ...]:
-        return tuple(
-            Damage(
-                key=where[0],
-                problem=_first_and_count(problems),
-                backup=where[1],
-                disk=where[2],
-                ranges=tuple(_joined(self._ranges[where])),
-            )
-            for where, problems in self._problems.items()
-        )
-
-
-def _first_and_count(problems: Sequence[str]) -> str:
-    more = len(problems) - 1
-    return f"{problems[0]} (and {more} more like it)" if more else problems[0]
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    begin = end = -1
-    for first, last in sorted(ranges):
-        if first > end:
-            if end > begin:
-                yield begin, end
-            begin, end = first, last
-        else:
-            end = max(end, last)
-    if end > begin:
-        yield begin, end
 
 
 class _Verify:
@@ -190,12 +103,19 @@ class _Verify:
         self._cancel = cancel
         self._repository = Repository.open(options.repository, keys=options.keys)
         self._repository.check_restorable()
-        self._findings = _Findings()
-        self._damages = _Damages()
-        self._seen: dict[str, _Seen] = {}
-        self._maps: set[_Place] = set()
+        self._findings = Findings()
+        self._damages = Damages()
+        self._seen: dict[str, Seen] = {}
+        self._packs_seen: dict[str, Seen] = {}
+        self._maps: set[Place] = set()
+        self._short: dict[
+            Pack, int
+        ] = {}  # packs that are cut or gone, and the bytes that are there
+        self._healed: set[Place] = set()
+        self._seed = secrets.randbits(32) if options.seed is None else options.seed
 
     def run(self) -> VerifyResult:
+        options = self._options
         began = time.monotonic()
         backups = sorted(self._chosen(), key=lambda backup: (backup.time, backup.id))
         for backup in backups:
@@ -203,11 +123,17 @@ class _Verify:
                 self._report_incomplete(backup)
             for summary in backup.disks:
                 self._verify_disk(summary)
-        if self._findings.bad:
+        rows: dict[DamagedFrame, None] = {}
+        if self._findings.bad or self._short:
             for backup in backups:
                 for summary in backup.disks:
-                    self._locate(summary)
+                    self._locate(summary, rows)
+        told = self._damages.keys()
+        for key, problem in self._findings.packs.items():
+            if key not in told:
+                self._damages.add(key, f"{problem}; no frame in it is lost because of that")
         damaged = self._damages.result()
+        sample = options.level is VerifyLevel.SAMPLE
         return VerifyResult(
             ok=not damaged,
             backups=tuple(backup.id for backup in backups),
@@ -215,6 +141,11 @@ class _Verify:
             read_bytes=self._findings.read_bytes,
             damaged=damaged,
             duration_s=time.monotonic() - began,
+            level=options.level,
+            healed=len(self._healed),
+            recorded=record_damage(self._repository, list(rows)) if rows and options.record else 0,
+            share=options.share if sample else None,
+            seed=self._seed if sample else None,
         )
 
     def _chosen(self) -> Sequence[Backup]:
@@ -248,6 +179,8 @@ class _Verify:
             self._damages.add(exc.key, str(exc), summary, [(0, summary.size)])
             return None
 
+    # -- one disk ----------------------------------------------------------------------------------
+
     def _verify_disk(self, summary: Summary) -> None:
         opened = self._open(summary)
         if opened is None:
@@ -260,9 +193,72 @@ class _Verify:
             total=summary.stored_bytes,
         )
         meter.start()
-        batches = self._batches(manifest, reader)
-        lock = threading.Lock()
+        packs = list(self._check_packs(summary, reader))
+        if self._options.level is not VerifyLevel.LIST:
+            self._read_frames(manifest, reader, meter)
+        if self._options.level is VerifyLevel.FULL:
+            self._read_around(reader, packs)
+        meter.end()
+        self._healed |= reader.healed
+
+    def _check_packs(self, summary: Summary, reader: DiskReader) -> Iterator[tuple[int, int]]:
+        """Compare the sizes of the packs with what the store lists; those that are as written."""
+        fresh: dict[int, list[int]] = {}
+        for session, seq in reader.packs():
+            fresh.setdefault(session, []).append(seq)
+        for session, seqs in fresh.items():
+            sid = reader.manifest.sessions[session].sid
+            keys = np.array(sorted(seqs), dtype=np.uint64)
+            new = keys[self._packs_seen.setdefault(sid, Seen()).add(keys)].tolist()
+            if not new:
+                continue
+            listed = self._repository.pack_sizes([sid])
+            for seq in new:
+                if self._cancel.is_set():
+                    raise Cancelled
+                try:
+                    size = reader.pack_place(session, seq).size
+                except DamagedError as exc:
+                    self._damages.add(exc.key, str(exc), summary)
+                    continue
+                there = listed.get((sid, seq), 0)
+                if there == size:
+                    yield session, seq
+                    continue
+                key = reader.key(session, seq)
+                problem = f"pack {key} has {there} bytes, expected {size}"
+                if there < size:
+                    self._short[sid, seq] = there
+                    if self._repository.damage.has_copies((sid, seq)):
+                        continue  # known, and dealt with: only what is still lost is told
+                self._findings.add_pack(DamagedError(problem, key=key))
+
+    def _read_frames(self, manifest: Manifest, reader: DiskReader, meter: Meter) -> None:
         sids = [session.sid for session in manifest.sessions]
+
+        def check(frame: Interval) -> None:
+            place = Place(sids[frame.session], frame.seq, frame.offset)
+            if not self._is_gone(place, frame.clen):
+                try:
+                    reader.read(frame)
+                except DamagedError as exc:
+                    self._findings.add(place, exc)
+            self._findings.count(1, frame.clen)
+            meter.add(frame.clen)
+
+        self._each(self._batches(manifest, reader), check)
+
+    def _read_around(self, reader: DiskReader, packs: Sequence[tuple[int, int]]) -> None:
+        def check(pack: tuple[int, int]) -> None:
+            try:
+                reader.check_pack(*pack)
+            except DamagedError as exc:
+                self._findings.add_pack(exc)
+
+        self._each(iter([[pack] for pack in packs]), check)
+
+    def _each(self, batches: Iterator[list[_T]], check: Callable[[_T], None]) -> None:
+        lock = threading.Lock()
 
         def work() -> None:
             while True:
@@ -270,27 +266,21 @@ class _Verify:
                     batch = next(batches, None)
                 if batch is None:
                     return
-                for frame in batch:
+                for one in batch:
                     if self._cancel.is_set():
                         raise Cancelled
-                    try:
-                        reader.read(frame)
-                    except DamagedError as exc:
-                        self._findings.add((sids[frame.session], frame.seq, frame.offset), exc)
-                    self._findings.count(1, frame.clen)
-                    meter.add(frame.clen)
+                    check(one)
 
         run_all([work] * worker_count(), self._cancel)
-        meter.end()
-        self._check_packs(summary, reader)
 
-    def _check_packs(self, summary: Summary, reader: DiskReader) -> None:
-        """Note objects that make a restore refuse although every frame in them is sound."""
-        known = self._damages.keys() | {exc.key for exc in self._findings.bad.values()}
-        for key in reader.missing_packs():
-            if key not in known:
-                problem = f"{key} is missing, or has another size than when it was written"
-                self._damages.add(key, problem, summary)
+    def _is_gone(self, place: Place, clen: int) -> bool:
+        """Whether a frame lies where its pack has no bytes any more, and was not stored anew."""
+        there = self._short.get(place[:2])
+        return (
+            there is not None
+            and place.offset + HEADER_SIZE + clen > there
+            and not self._repository.damage.copies(place)
+        )
 
     def _batches(self, manifest: Manifest, reader: DiskReader) -> Iterator[list[Interval]]:
         """Frames that nobody verified yet, whole."""
@@ -318,7 +308,7 @@ class _Verify:
         if batch:
             yield batch
 
-    def _segment(self, reader: DiskReader, index: int, place: _Place) -> Segment | None:
+    def _segment(self, reader: DiskReader, index: int, place: Place) -> Segment | None:
         try:
             return reader.segment(index)
         except DamagedError as exc:
@@ -334,50 +324,68 @@ class _Verify:
             # A frame that was partly overwritten is referred to more than once.
             distinct, first = np.unique(_keys(part), return_index=True)
             sid = manifest.sessions[int(part[0, 2])].sid
-            seen = self._seen.setdefault(sid, _Seen())
-            for row in part[first[seen.add(distinct)]].tolist():
+            wanted = self._seen.setdefault(sid, Seen()).add(distinct)
+            if self._options.level is VerifyLevel.SAMPLE:
+                wanted &= _drawn(distinct, int(sid, 16) ^ self._seed, self._options.share)
+            for row in part[first[wanted]].tolist():
                 interval = Interval(*row)
                 yield interval._replace(start=0, n=interval.flen, skip=0)
 
-    def _locate(self, summary: Summary) -> None:
-        """Note which ranges of the disk are lost."""
+    # -- what it costs -----------------------------------------------------------------------------
+
+    def _locate(self, summary: Summary, rows: dict[DamagedFrame, None]) -> None:
+        """Note which ranges of the disk are lost, and what is to be put on record."""
         opened = self._open(summary)
         if opened is None:
             return
-        manifest, reader = opened
-        bad_packs = {(sid, seq) for sid, seq, _ in self._findings.bad}
-        sids = [session.sid for session in manifest.sessions]
-        for index, ref in enumerate(manifest.segments):
-            if self._cancel.is_set():
-                raise Cancelled
-            if ref is None:
+        _, reader = opened
+        packs = {(place.session, place.seq) for place in self._findings.bad} | self._short.keys()
+        for one in suspects(reader, packs, self._cancel):
+            found = self._problem(one)
+            if found is None:
                 continue
-            base = index * SEGMENT
-            lost = self._findings.bad.get(_place_of(manifest, ref))
-            if lost is not None:
-                whole = (base, min(base + SEGMENT, summary.size))
-                self._damages.add(lost.key, str(lost), summary, [whole])
-            elif any((sids[session], seq) in bad_packs for session, seq in ref.packs):
-                self._locate_frames(summary, sids, base, reader.segment(index))
+            key, problem = found
+            self._damages.add(key, problem, summary, [(one.start, one.end)])
+            if len(rows) < KNOWN_MAX:
+                rows |= dict.fromkeys(damaged_frame(self._repository, reader, one))
 
-    def _locate_frames(
-        self, summary: Summary, sids: Sequence[str], base: int, segment: Segment
-    ) -> None:
-        for interval in segment:
-            place = (sids[interval.session], interval.seq, interval.offset)
-            exc = self._findings.bad.get(place)
-            if exc is not None:
-                start = base + interval.start * GRAIN
-                end = min(start + interval.n * GRAIN, summary.size)
-                self._damages.add(exc.key, str(exc), summary, [(start, end)])
+    def _problem(self, one: Suspect) -> tuple[str, str] | None:
+        """The damaged object, and what is wrong with it; None when the frame is sound."""
+        known = self._findings.bad.get(one.place)
+        if known is not None:
+            return known
+        there = self._short.get(one.place[:2])
+        if there is None or one.place.offset + HEADER_SIZE + one.clen <= there:
+            return None
+        key = f"d/{one.place.session}/{one.place.seq:08x}"
+        state = f"has only {there} bytes" if there else "is missing or empty"
+        if not self._repository.damage.copies(one.place) or one.kind is not FrameKind.DATA:
+            return key, f"pack {key} {state}"
+        try:
+            one.read()
+        except DamagedError as exc:
+            return key, str(exc)
+        self._healed.add(one.place)
+        return None
 
 
-def _place_of(manifest: Manifest, ref: SegmentRef) -> _Place:
-    return (manifest.sessions[ref.session].sid, ref.seq, ref.offset)
+def _place_of(manifest: Manifest, ref: SegmentRef) -> Place:
+    return Place(manifest.sessions[ref.session].sid, ref.seq, ref.offset)
 
 
-def _keys(rows: NDArray[np.int64]) -> _Keys:
+def _keys(rows: NDArray[np.int64]) -> Keys:
     """Where the frames of these intervals, all of one session, lie."""
     seq, offset = rows[:, 3].astype(np.uint64), rows[:, 4].astype(np.uint64)
-    keys: _Keys = (seq << np.uint64(32)) | offset
+    keys: Keys = (seq << np.uint64(32)) | offset
     return keys
+
+
+def _drawn(keys: Keys, seed: int, share: float) -> NDArray[np.bool_]:
+    """A random share of the frames; which ones depends on nothing but the frame and the seed."""
+    # splitmix64: each bit of a key changes half of the bits of what comes out.
+    mixed = keys ^ np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    drawn: NDArray[np.bool_] = mixed < np.uint64(min(int(share * 2**64), 2**64 - 1))
+    return drawn

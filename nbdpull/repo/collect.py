@@ -5,7 +5,7 @@ The order of the steps is the proof; `tests/protocol/` searches every interleavi
     1. end undo windows: t/ for what was forgotten long enough ago; read all t/: the set T
     2. list d/ and x/               only what is listed here is ever deleted below
     3. list s/; revoke the idle     create m/... = "revoked": one winner against the writer's commit
-    4. list m/, read the manifests
+    4. list m/, read the manifests; then b/: which packs hold copies of damaged frames that these need
     5. list t/ again: any that is not in T, and it begins again at 1
     6. delete what of (2) is referred to by no manifest outside T, no live session, and no pin of one
     7. delete the manifests of T that no live session pins, then marks and intents nobody needs
@@ -38,8 +38,10 @@ from typing import Final
 from nbdpull.errors import DamagedError, RepositoryError, StoreError
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex, make_session_id
+from nbdpull.model.index import PACKS_PER_INDEX
 from nbdpull.model.intent import INTENT_MAX, Intent, is_pin
 from nbdpull.model.manifest import MANIFEST_MAX, REVOKED, Manifest, register_kind
+from nbdpull.repo.damage import Pack, kept_packs, stale_records
 from nbdpull.repo.marks import REPLACED, read_marks, reason_of, there, tombstones
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, Store
 
@@ -115,11 +117,31 @@ class _References:
             self._indexes[ref.sid].update(number for number, _ in ref.index)
         self.manifests.add(pin)
 
+    def __contains__(self, pack: object) -> bool:
+        """Whether a pack, as (session, number), is referred to."""
+        return isinstance(pack, tuple) and pack[1] in self._packs.get(pack[0], ())
+
+    def add_packs(self, packs: Iterable[Pack]) -> None:
+        for sid, seq in packs:
+            self._packs[sid].add(seq)
+            self._indexes[sid].add(seq // PACKS_PER_INDEX)
+
     def spares(self, key: str) -> bool:
         kind, sid, name = key.split("/")
         if kind == "d":
             return int(name, 16) in self._packs.get(sid, ())
         return int(name) in self._indexes.get(sid, ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Spared:
+    """All packs that are spared, as a container."""
+
+    references: _References
+    live: frozenset[str]
+
+    def __contains__(self, pack: object) -> bool:
+        return pack in self.references or (isinstance(pack, tuple) and pack[0] in self.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +164,7 @@ class Collector:
         store: Store,
         *,
         decode: Callable[[str, bytes], Manifest],
+        repository: str = "",
         undo_window_s: float,
         dry_run: bool = False,
         check: Callable[[], None] = lambda: None,
@@ -153,6 +176,7 @@ class Collector:
         Args:
             store: where.
             decode: the manifest in a register, from its key and bytes; raises `DamagedError`.
+            repository: its id; empty where there are no records of damage.
             undo_window_s: how long what was forgotten can be brought back.
             dry_run: change nothing, tell what would be.
             check: called often; what it raises ends the run, which does no harm at any point.
@@ -161,6 +185,7 @@ class Collector:
         """
         self._store = store
         self._decode = decode
+        self._repository = repository
         self._undo_window_s = undo_window_s
         self._dry_run = dry_run
         self._check = check
@@ -216,6 +241,9 @@ class Collector:
             registers = self._list_registers()
             with suppress(_Vanished):
                 live, pinned = self._read_manifests(doomed, sessions, registers)
+                if self._repository:
+                    needed = kept_packs(self._store, self._repository, self._references)
+                    self._references.add_packs(needed)
                 if doomed.issuperset(tombstones(self._store)):
                     self.collected.live = sorted(SessionId(sid) for sid in live)
                     return _View(doomed, objects, sessions, registers, live, pinned)
@@ -435,6 +463,9 @@ class Collector:
             and self._is_old(listed)
             and pin.partition("/")[2] not in busy
         ]
+        if self._repository:
+            kept = _Spared(self._references, view.live)
+            marks += stale_records(self._store, self._repository, kept)
         self.collected.marks += sum(1 for _ in self._delete(marks))
 
     def _is_old(self, listed: Listed) -> bool:

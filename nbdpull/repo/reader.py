@@ -5,6 +5,8 @@ table) -> frame (digest in the directory)
 
 Where the repository is encrypted, each of these is also authenticated as what its session sealed for that
 very place, and decrypted, before anything in it is looked at.
+A frame that is damaged is looked for where a later session stored it anew (`repo.damage`): what is found
+there must have the digest that this chain ends in.
 """
 
 from __future__ import annotations
@@ -13,27 +15,32 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
 import zstandard
 
-from nbdpull.errors import DamagedError
+from nbdpull.errors import DamagedError, WrongKeyError
+from nbdpull.model.damage import HealedFrame, Place
 from nbdpull.model.frame import (
     ENCRYPTED,
     FOOTER_SIZE,
     HEADER_SIZE,
     PACK_HEADER_SIZE,
     FormatError,
+    FrameHeader,
     FrameKind,
     PackHeader,
     decode_footer,
     open_frame,
 )
 from nbdpull.model.grain import GRAIN, segment_grains
+from nbdpull.model.ids import SessionId
 from nbdpull.model.index import PACKS_PER_INDEX, TABLE_MAX, Directory, IndexTable, PackPlace
-from nbdpull.model.manifest import Manifest
+from nbdpull.model.manifest import Manifest, SessionRef
 from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
+from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.store import KeyMissingError, Store
 from nbdpull.repo.vault import Vault
 
@@ -41,6 +48,7 @@ __all__ = ["DiskReader"]
 
 _TABLES_KEPT: Final = 4 << 20
 _DIRECTORIES_KEPT: Final = 24 << 20
+_OTHERS_KEPT: Final = 4
 
 _T = TypeVar("_T")
 
@@ -73,11 +81,24 @@ class _Cache(Generic[_T]):
 
 
 class DiskReader:
-    """One disk of one backup. All methods may be called by many threads."""
+    """One disk of one backup. All methods may be called by many threads.
 
-    def __init__(self, store: Store, manifest: Manifest, vault: Vault | None = None) -> None:
+    Attributes:
+        healed: places of the damaged frames that were read from a copy.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        vault: Vault | None = None,
+        records: DamageRecords | None = None,
+    ) -> None:
         self._store = store
         self._vault = vault
+        self._records = records
+        self._others: dict[SessionRef, DiskReader] = {}
+        self.healed: set[Place] = set()
         self._digests = [dict(session.index) for session in manifest.sessions]
         self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
         self._directories: _Cache[Directory] = _Cache(_DIRECTORIES_KEPT)
@@ -150,20 +171,79 @@ class DiskReader:
             made = self._local.unpacker = zstandard.ZstdDecompressor()
         return made
 
-    def _frame(self, session: int, seq: int, offset: int, clen: int, kind: FrameKind) -> bytes:
-        """The verified bytes of a frame.
+    def written(self, session: int, seq: int, offset: int) -> FrameHeader:
+        """The header of a frame as its session wrote it.
 
         Raises:
-            DamagedError: they are not what was written.
+            DamagedError: the session's index is not what was written.
         """
         directory = self.directory(session, seq)
         key = self.key(session, seq)
         with _damage(f"frame at {key}:{offset}", key, offset):
-            expected = directory.find(offset)
-            if expected.kind is not kind or expected.clen != clen:
-                raise FormatError("the map does not fit the session's index")
-            stored = self._store.get_range(key, offset, HEADER_SIZE + clen)
-            return open_frame(stored, expected, self._unpacker(), directory.keys)
+            return directory.find(offset)
+
+    def _frame(self, session: int, seq: int, offset: int, clen: int, kind: FrameKind) -> bytes:
+        """The verified bytes of a frame.
+
+        Raises:
+            DamagedError: they are not what was written, and there is no sound copy of them.
+        """
+        expected = self.written(session, seq, offset)
+        keys = self.directory(session, seq).keys
+        key = self.key(session, seq)
+        try:
+            with _damage(f"frame at {key}:{offset}", key, offset):
+                if expected.kind is not kind or expected.clen != clen:
+                    raise FormatError("the map does not fit the session's index")
+                stored = self._store.get_range(key, offset, HEADER_SIZE + clen)
+                return open_frame(stored, expected, self._unpacker(), keys)
+        except DamagedError:
+            place = Place(self.manifest.sessions[session].sid, seq, offset)
+            copy = self._copy(place, expected) if expected.kind is kind else None
+            if copy is None:
+                raise
+            self.healed.add(place)
+            return copy
+
+    def _copy(self, place: Place, expected: FrameHeader) -> bytes | None:
+        """The bytes of a damaged frame from where a later session stored them, with the same digest."""
+        if self._records is None:
+            return None
+        for healed in self._records.copies(place):
+            try:
+                return self._read_copy(healed, expected)
+            except (DamagedError, WrongKeyError):
+                continue
+        return None
+
+    def _read_copy(self, healed: HealedFrame, expected: FrameHeader) -> bytes:
+        _, seq, offset = healed.copy
+        other = self._reader_of(healed)
+        there = other.written(0, seq, offset)
+        if (there.rlen, there.kind, there.digest) != (
+            expected.rlen,
+            expected.kind,
+            expected.digest,
+        ):
+            raise DamagedError("the copy is of another frame", key=other.key(0, seq), offset=offset)
+        return other._frame(0, seq, offset, there.clen, there.kind)  # noqa: SLF001 - our own class
+
+    def _reader_of(self, healed: HealedFrame) -> DiskReader:
+        """A reader of the copy's session alone; its index is believed only where it says what ours does."""
+        session = SessionRef(
+            healed.copy.session, ((healed.copy.seq // PACKS_PER_INDEX, healed.index),)
+        )
+        other = self._others.get(session)
+        if other is None:
+            other = DiskReader(
+                self._store,
+                replace(self.manifest, sessions=(session,), segments=()),
+                self._vault,
+            )
+            if len(self._others) >= _OTHERS_KEPT:
+                self._others.clear()
+            self._others[session] = other
+        return other
 
     def segment(self, index: int) -> Segment:
         """The map of segment `index`.
@@ -242,10 +322,14 @@ class DiskReader:
             if offset != directory.end or digest != place.digest:
                 raise FormatError("its footer is of another pack")
 
-    def missing_packs(self) -> list[str]:
+    def missing_packs(self, *, copies: bool = True) -> list[str]:
         """Keys of the packs and indexes that the backup needs and that are absent or of another size.
 
         Costs one listing a session and a small read for 64 packs: no frame is read.
+
+        Args:
+            copies: leave out packs of which a frame was stored anew: whether all that is needed was,
+                reading will tell.
         """
         missing: dict[str, None] = {}
         needed: dict[int, dict[str, int]] = {}
@@ -260,8 +344,14 @@ class DiskReader:
             for listed in self._store.list(f"d/{self.manifest.sessions[session].sid}"):
                 if sizes.get(listed.key) == listed.size:
                     del sizes[listed.key]
-            missing |= dict.fromkeys(sizes)
+            missing |= {key: None for key in sizes if not (copies and self._has_copies(key))}
         return list(missing)
+
+    def _has_copies(self, key: str) -> bool:
+        _, sid, seq = key.split("/")
+        return self._records is not None and self._records.has_copies(
+            (SessionId(sid), int(seq, 16))
+        )
 
 
 def _fits(header: PackHeader, keys: PackKeys | None) -> bool:

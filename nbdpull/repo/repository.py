@@ -6,6 +6,7 @@ Keys, every object immutable (docs/internals/format.md):
     s/<sid>          a session's intent    x/<sid>/<n>      session index
     m/<disk>/<sid>   manifest: the commit  f/<disk>/<sid>   forgotten
     t/<disk>/<sid>   tombstone             p/<backup>       protected
+    b/<sid>/<n>      records of damage and of healing
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo import marks as marking
 from nbdpull.repo.catalog import Backup, Entry, group
 from nbdpull.repo.collect import Collector
+from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.local import LocalStore, sync_folder, told
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
@@ -87,6 +89,7 @@ class Repository:
     Attributes:
         location: as the user gave it.
         id: 32 hex digits.
+        damage: what is known to be damaged, and where it was stored anew.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Repository:
         self.location = location
         self.config = config
         self.id = config.id
+        self.damage = DamageRecords(store, config.id)
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -382,7 +386,7 @@ class Repository:
 
     def reader(self, manifest: Manifest) -> DiskReader:
         """A reader of one disk of a backup."""
-        return DiskReader(self._store, manifest, self._vault)
+        return DiskReader(self._store, manifest, self._vault, self.damage)
 
     def begin(
         self,
@@ -526,6 +530,7 @@ class Repository:
         return Collector(
             self._store,
             decode=self._decode,
+            repository=self.id,
             undo_window_s=undo_window_s,
             dry_run=dry_run,
             check=check,

@@ -97,6 +97,8 @@ class Session:
         disk_id: names the disk.
         stored_bytes: added to the repository so far.
         reused_bytes: of disk data that the repository had already.
+        lost: digests of frames that are known to be damaged: whatever has one is stored, never referred
+            to where it was.
     """
 
     def __init__(  # noqa: PLR0913 - all but the first by name, from one caller
@@ -138,6 +140,7 @@ class Session:
         self.disk_id = disk_id
         self.stored_bytes = 0
         self.reused_bytes = 0
+        self.lost: frozenset[bytes] = frozenset()
 
     # -- frames ------------------------------------------------------------------------------------
 
@@ -145,16 +148,17 @@ class Session:
         """What an earlier backup has inside the DATA grains of segment `index`: see `Reuse.known`."""
         return self._reuse.known(index, kinds)
 
-    def _digest(self, raw: Buffer) -> bytes:
+    def digest(self, raw: Buffer) -> bytes:
+        """What a frame of these bytes is named by."""
         return blake3(raw).digest() if self._keys is None else self._keys.digest(raw)
 
     def matches(self, known: KnownFrame, raw: Buffer) -> bool:
         """Whether these are the bytes of that frame."""
-        return len(raw) == known.length and self._digest(raw) == known.digest
+        return len(raw) == known.length and self.digest(raw) == known.digest
 
     def refer(self, known: KnownFrame, raw: Buffer) -> bool:
         """Whether `raw` is what `known` holds; the caller then refers to it and stores nothing."""
-        if not self.matches(known, raw):
+        if known.digest in self.lost or not self.matches(known, raw):
             return False
         self._count_reused(len(raw))
         return True
@@ -174,10 +178,12 @@ class Session:
         """
         if not 0 < len(raw) <= FRAME_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes can't be")
-        digest = self._digest(raw)
-        if kind is FrameKind.DATA and (found := self._reuse.find(digest, len(raw))) is not None:
-            self._count_reused(len(raw))
-            return found
+        digest = self.digest(raw)
+        if kind is FrameKind.DATA and digest not in self.lost:
+            found = self._reuse.find(digest, len(raw))
+            if found is not None:
+                self._count_reused(len(raw))
+                return found
         codec, payload = self._compress(raw)
         pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
         try:
@@ -402,6 +408,10 @@ class Session:
                 f"the store lists {found} packs below d/{self.id}, expected {len(self._sizes)};"
                 " backups can't be trusted to it"
             )
+
+    def index_digest(self, seq: int) -> bytes:
+        """BLAKE3 of the head and table of the index that has pack `seq`; the session must be sealed."""
+        return self._indexes[seq // PACKS_PER_INDEX]
 
     def commit(self, summary: Summary) -> Manifest:
         """Create the manifest: from now on the backup of this disk is there, and durable.

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from nbdpull.errors import PointInTimeLostError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.results import Finding, GuestCost
+from nbdpull.model.results import GuestCost
 
 __all__ = [
     "GRANULARITY",
@@ -76,14 +76,12 @@ class Disk:
         size: bytes.
         bitmaps: its dirty bitmaps, by name.
         records: whether a checkpoint can be kept on it.
-        allocated: bytes that its image takes on the host, where that is known.
     """
 
     name: str
     size: int
     bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
     records: bool = True
-    allocated: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,9 +208,6 @@ class Source(Protocol):
             UsageError: a name that no disk has, or nothing left.
             SourceError: a disk can't be backed up without danger.
         """
-
-    async def examine(self) -> Sequence[Finding]:
-        """What a backup would stumble over here."""
 
     def freeze(
         self, info: RunInfo, plans: Sequence[DiskPlan], on_lost: OnLost

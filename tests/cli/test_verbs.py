@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -371,7 +372,8 @@ def test_verify_without_damage(cli: Cli, replace: Replace) -> None:
     calls = replace("verify", verified())
     done = cli("verify", "aa", "latest", "-r", "x", "--vm", "web", "-q")
     assert (done.exit_code, done.stdout) == (0, "")
-    assert calls == [(("x", ("aa", "latest")), {"vm": "web", "progress": None})]
+    options = {"level": "full", "share": 0.01, "seed": None, "record": True}
+    assert calls == [(("x", ("aa", "latest")), {"vm": "web", "progress": None} | options)]
     assert cli("verify", "-r", "x").stdout == (
         "verified 1 backup, 12 frames, 1.00 MiB in 0.5 s: no damage\n"
     )
@@ -382,7 +384,53 @@ def test_verify_without_damage(cli: Cli, replace: Replace) -> None:
         "read_bytes": 1 << 20,
         "damaged": [],
         "duration_s": 0.5,
+        "level": "full",
+        "healed": 0,
+        "recorded": 0,
+        "share": None,
+        "seed": None,
     }
+
+
+def test_verify_levels(cli: Cli, replace: Replace) -> None:
+    sample = dataclasses.replace(
+        verified(), level=nbdpull.VerifyLevel.SAMPLE, share=0.05, seed=7, healed=2, recorded=3
+    )
+    calls = replace("verify", sample)
+    options = ["-q", "--level", "sample", "--share", "5", "--seed", "7", "--no-record"]
+    assert cli("verify", "-r", "x", *options).stdout == ""
+    assert cli("verify", "-r", "x", "-l", "sample").stdout.splitlines() == [
+        "verified 1 backup, 12 frames, 1.00 MiB (a sample of 5.000% of the data, seed 7) in 0.5 s: no damage",
+        "2 damaged frames were read from their copies: nothing is lost with them",
+        "3 damaged frames were put on record: the next backup heals what its disks still hold",
+    ]
+    assert calls[0][1] == {
+        "vm": None,
+        "progress": None,
+        "level": "sample",
+        "share": 0.05,
+        "seed": 7,
+        "record": False,
+    }
+    replace("verify", dataclasses.replace(verified(), level=nbdpull.VerifyLevel.LIST))
+    assert cli("verify", "-r", "x", "-l", "list").stdout == (
+        "verified 1 backup, the sizes of their packs in 0.5 s: no damage\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--level", "some"],
+        ["--share", "5"],
+        ["-l", "list", "--seed", "1"],
+        ["-l", "sample", "--share", "0"],
+        ["-l", "sample", "--share", "101"],
+        ["-l", "sample", "--seed", "-1"],
+    ],
+)
+def test_verify_options_that_cannot_be(cli: Cli, options: list[str]) -> None:
+    assert cli("verify", "-r", "x", *options).exit_code == 2
 
 
 def test_verify_with_damage_ends_with_1_and_tells_what_is_lost(cli: Cli, replace: Replace) -> None:

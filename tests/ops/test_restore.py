@@ -223,7 +223,7 @@ def test_missing_or_cut_pack_is_told_before_anything_is_written(
     key = str(pack.relative_to(repository.location))
     if cut:
         pack.chmod(0o600)
-        os.truncate(pack, pack.stat().st_size - 1)
+        os.truncate(pack, pack.stat().st_size // 2)
     else:
         pack.unlink()
     with pytest.raises(
@@ -232,6 +232,16 @@ def test_missing_or_cut_pack_is_told_before_anything_is_written(
         run(repository, backup, out, format=form)
     assert info.value.key == key
     assert names(out) == []
+
+
+def test_a_pack_that_lost_its_end_alone_costs_nothing(
+    repository: Repository, backup: str, disks: dict[str, Disk], out: Path
+) -> None:
+    for pack in packs(repository):
+        pack.chmod(0o600)
+        os.truncate(pack, pack.stat().st_size - 1)
+    run(repository, backup, out)
+    assert (out / "virtio0.raw").read_bytes() == disks["virtio0"].content()
 
 
 def test_incomplete_backup_is_refused_but_for_one_disk_by_force(

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdpull.errors import BackupNotFoundError
+from nbdpull.errors import BackupNotFoundError, StoreError
 from nbdpull.model.grain import GRAIN
-from nbdpull.model.results import Progress, ProgressKind, VerifyResult
+from nbdpull.model.results import Progress, ProgressKind, VerifyLevel, VerifyResult
 from nbdpull.model.segment import Interval
 from nbdpull.ops.verify import VerifyOptions, verify
+from nbdpull.repo import session as session_module
+from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import DiskReader, Repository
 from tests.ops.builder import VM, Disk, add_backup
 from tests.ops.test_restore import flip, packs
@@ -210,3 +212,139 @@ def test_progress_counts_stored_bytes_of_each_disk(repository: Repository) -> No
     assert {event.disk for event in ends} == {f"{name}/{disk}" for name in ids for disk in "de"}
     assert 0 < sum(event.done for event in ends) <= result.read_bytes
     assert all(event.verb == "verify" for event in events)
+
+
+# -- levels ------------------------------------------------------------------------------------------
+
+
+def leveled(repository: Repository, level: VerifyLevel, **more: object) -> VerifyResult:
+    options = VerifyOptions(repository=repository.location, level=level, **more)  # type: ignore[arg-type]
+    return asyncio.run(verify(options))
+
+
+class Egress:
+    """Counts what is read of packs, by the store's ranged gets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes = 0
+        read = LocalStore.get_range
+
+        def counted(store: LocalStore, key: str, start: int, length: int) -> bytes:
+            raw = read(store, key, start, length)
+            self.bytes += len(raw) if key.startswith("d/") else 0
+            return raw
+
+        monkeypatch.setattr(LocalStore, "get_range", counted)
+
+
+def test_level_list_reads_no_byte_of_any_pack(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = chain(repository)
+    egress = Egress(monkeypatch)
+    result = leveled(repository, VerifyLevel.LIST)
+    assert (result.ok, result.level, result.frames) == (True, VerifyLevel.LIST, 0)
+    assert list(result.backups) == ids
+    assert egress.bytes == 0
+
+
+@pytest.mark.parametrize("keep", ["all but one byte", "half", "nothing", "more"])
+@pytest.mark.parametrize("level", list(VerifyLevel))
+def test_every_level_finds_a_pack_of_another_size(
+    repository: Repository, keep: str, level: VerifyLevel
+) -> None:
+    add_backup(repository, {"d": random_disk(4 * MIB)})
+    (pack,) = packs(repository)
+    pack.chmod(0o600)
+    size = pack.stat().st_size
+    sizes = {"all but one byte": size - 1, "half": size // 2, "nothing": 0, "more": size + 1}
+    os.truncate(pack, sizes[keep])
+    result = leveled(repository, level)
+    assert not result.ok
+    assert {damage.key for damage in result.damaged} == {str(pack.relative_to(repository.location))}
+    lost = [lost for damage in result.damaged for lost in damage.ranges]
+    # Where the map, which comes last, is cut off nothing of the segment can be found any more.
+    assert lost == ([(0, 4 * MIB)] if keep in {"half", "nothing"} else [])
+
+
+@pytest.mark.parametrize("level", list(VerifyLevel))
+def test_every_level_finds_a_missing_index(repository: Repository, level: VerifyLevel) -> None:
+    add_backup(repository, {"d": random_disk(MIB)})
+    (index,) = (path for path in (Path(repository.location) / "x").rglob("*") if path.is_file())
+    index.unlink()
+    result = leveled(repository, level)
+    assert str(index.relative_to(repository.location)) in {one.key for one in result.damaged}
+
+
+def test_level_list_tells_the_ranges_that_a_lost_pack_costs(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "FRAMES_PER_PACK", 4)
+    disk = random_disk(8 * MIB)
+    add_backup(repository, {"d": disk})
+    packs(repository)[0].unlink()
+    (damage,) = leveled(repository, VerifyLevel.LIST).damaged
+    assert damage.ranges == ((0, 4 * MIB),)
+
+
+def test_a_sample_is_about_its_share_and_the_same_for_the_same_seed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grains = {number: bytes([number % 255 + 1]) * GRAIN for number in range(0, 4000, 2)}
+    add_backup(repository, {"d": Disk(4000 * GRAIN, grains)})
+    seen: list[set[int]] = []
+    read = DiskReader.read
+
+    def noted(self: DiskReader, interval: Interval) -> bytes:
+        seen[-1].add(interval.offset)
+        return read(self, interval)
+
+    monkeypatch.setattr(DiskReader, "read", noted)
+    for seed in (7, 7, 8):
+        seen.append(set())
+        result = leveled(repository, VerifyLevel.SAMPLE, share=0.25, seed=seed)
+        assert (result.ok, result.share, result.seed) == (True, 0.25, seed)
+        assert 400 < len(seen[-1]) < 600
+    assert seen[0] == seen[1] != seen[2]
+    seen.append(set())
+    assert leveled(repository, VerifyLevel.SAMPLE, share=1.0).ok
+    assert len(seen[-1]) == 2000
+
+
+def test_samples_with_many_seeds_find_a_damaged_frame(repository: Repository) -> None:
+    add_backup(repository, {"d": random_disk(16 * MIB)})
+    (pack,) = packs(repository)
+    flip(pack, 128 + 64 + 1000)
+    found = [
+        not leveled(repository, VerifyLevel.SAMPLE, share=0.2, seed=seed).ok for seed in range(40)
+    ]
+    assert 1 <= sum(found) < 25
+
+
+@pytest.mark.parametrize("at", [5, 70, -3, -60, -100])
+def test_a_full_verify_looks_around_the_frames_too(repository: Repository, at: int) -> None:
+    """A pack's header, directory and footer: nothing is lost with them but the way to rescan it."""
+    add_backup(repository, {"d": random_disk(2 * MIB)})
+    (pack,) = packs(repository)
+    flip(pack, at if at >= 0 else pack.stat().st_size + at)
+    (damage,) = run(repository).damaged
+    assert damage.key == str(pack.relative_to(repository.location))
+    assert damage.ranges == ()
+    assert "no frame in it is lost" in damage.problem
+    assert leveled(repository, VerifyLevel.LIST).ok
+
+
+def test_a_repository_that_cannot_be_written_is_verified_all_the_same(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_backup(repository, {"d": random_disk(MIB)})
+    (pack,) = packs(repository)
+    flip(pack, 128 + 64 + 1000)
+
+    def refuse(store: LocalStore, key: str, data: bytes) -> None:
+        raise StoreError("can't write: read-only file system")
+
+    monkeypatch.setattr(LocalStore, "create", refuse)
+    result = run(repository)
+    assert (result.ok, result.recorded) == (False, 0)
+    assert "the damage can't be recorded" in caplog.text
