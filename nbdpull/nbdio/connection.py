@@ -40,13 +40,8 @@ __all__ = [
     "with_export",
 ]
 
-MAX_REQUEST = 64 * 1024
-"""Largest read request in bytes; none crosses a multiple of it either.
-
-QEMU 7.2 answers a plain read of a point in time (snapshot-access) wrongly when it covers copied and
-uncopied blocks: what the guest has overwritten since then comes back as it is now. Blocks are copied in
-multiples of 64 KiB, so within one all is from one place. QEMU 10 is right either way.
-"""
+MAX_REQUEST = 128 * 1024
+"""Largest read request in bytes, see the module's docstring."""
 
 _IN_FLIGHT_UNIX = 128 * 1024
 _IN_FLIGHT_TCP = 1024 * 1024
@@ -252,8 +247,8 @@ class Connection:
         position = 0
         while position < total or pending:
             while position < total and len(pending) < ahead:
+                length = min(step, total - position)
                 at = offset + position
-                length = min(step, MAX_REQUEST - at % MAX_REQUEST, total - position)
                 cookie = self._issue(
                     "read", self._nbd.aio_pread, buffer[position : position + length], at
                 )

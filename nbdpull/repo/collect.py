@@ -244,13 +244,17 @@ class Collector:
                 if self._repository:
                     needed = kept_packs(self._store, self._repository, self._references)
                     self._references.add_packs(needed)
-                if doomed.issuperset(tombstones(self._store)):
+                if self._is_current(doomed):
                     self.collected.live = sorted(SessionId(sid) for sid in live)
                     return _View(doomed, objects, sessions, registers, live, pinned)
             _log.debug("another collector was ahead; looking again")
         raise RepositoryError(
             f"other collectors were ahead {_ROUNDS} times; nothing was deleted; run it again later"
         )
+
+    def _is_current(self, doomed: Collection[str]) -> bool:
+        """Whether no manifest was doomed since `doomed` was read, so that none can have gone either."""
+        return set(tombstones(self._store)) <= set(doomed)
 
     def _end_undo(self) -> None:
         """Make what was forgotten long enough ago final: all manifests of a backup together."""

@@ -1,0 +1,148 @@
+"""Long campaigns against the repository; docs/reliability.md has their figures.
+
+The tests run small ones of each kind. Every campaign ends with 1 when something is lost, and tells the
+seed that shows it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tests.protocol.kills import OPERATIONS, KillPoints
+from tests.protocol.model import Config, Mutant, search
+from tests.protocol.powercut import PowerCut
+from tests.protocol.scenario import play
+from tests.protocol.soak import Soak
+from tests.protocol.world import memory_repositories
+
+_ORDERS = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
+
+
+def _search(arguments: argparse.Namespace) -> str:
+    states = 0
+    orders = _ORDERS if arguments.all_orders else [(1, 2, 0)]
+    for order in orders:
+        found = search(
+            Config(
+                writers=arguments.writers,
+                collectors=arguments.collectors,
+                rounds=arguments.rounds,
+                order=order,
+                mutant=Mutant[arguments.mutant] if arguments.mutant else None,
+            )
+        )
+        states += found.states
+        if found.trace:
+            raise AssertionError("\n  ".join(["lost after:", *found.trace]))
+    return (
+        f"{arguments.writers} writers, {arguments.collectors} collectors, {len(orders)} orders of"
+        f" listing: {states} states"
+    )
+
+
+def _schedules(arguments: argparse.Namespace) -> str:
+    calls = committed = 0
+    for seed in range(arguments.seed, arguments.seed + arguments.size):
+        try:
+            played = play(seed, kills=0.2 * (seed % 2))
+        except AssertionError as exc:
+            raise AssertionError(f"seed {seed}: {exc}") from exc
+        calls += played.calls
+        committed += played.committed
+    return f"{arguments.size} schedules of {calls} calls, {committed} commits"
+
+
+def _kill_points(arguments: argparse.Namespace) -> str:
+    told = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        campaign = KillPoints(Path(folder) / "kills", arguments.seed)
+        total = 0
+        for operation in arguments.operation or OPERATIONS:
+            points = list(campaign.points(operation))[:: arguments.every]
+            for point in points:
+                campaign.play(point)
+            total += len(points)
+            told.append(f"{operation} {len(points)}")
+    return f"{total} kill points ({', '.join(told)})"
+
+
+def _soak(arguments: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        done = Soak(Path(folder), arguments.seed).run(
+            writers=arguments.writers, collectors=arguments.collectors, kills=arguments.size
+        )
+    return (
+        f"{arguments.writers} writers, {arguments.collectors} collectors, 1 forgetting, 1 repacking:"
+        f" {done.kills} kills, {done.stops} stops, {done.commits} commits, {done.collections}"
+        f" collections, {done.refused} runs that failed loudly, {done.kept} backups left and restored"
+    )
+
+
+def _power_cuts(arguments: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        campaign = PowerCut(Path(folder), arguments.seed)
+        cuts = campaign.run(arguments.size)
+    return f"{cuts} power cuts in a log of {campaign.length} steps, {campaign.commits} commits"
+
+
+_CAMPAIGNS: Mapping[str, Callable[[argparse.Namespace], str]] = {
+    "search": _search,
+    "schedules": _schedules,
+    "kill-points": _kill_points,
+    "soak": _soak,
+    "power-cuts": _power_cuts,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__)
+    verbs = parser.add_subparsers(dest="campaign", required=True)
+    for name, text, size in (
+        ("search", "all interleavings of the model of the protocol", None),
+        ("schedules", "the real code in random interleavings, on a store in memory", 1000),
+        ("kill-points", "a process dies at each call of the store", None),
+        ("soak", "processes that are killed at random; the size is in kills", 200),
+        ("power-cuts", "what a power cut can leave of a local repository", 500),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--seed", type=int, default=1)
+        verb.add_argument("--folder", help="where temporary repositories are made")
+        if size is not None:
+            verb.add_argument("--size", type=int, default=size)
+        if name in {"search", "soak"}:
+            verb.add_argument("--writers", type=int, default=2 if name == "search" else 6)
+            verb.add_argument("--collectors", type=int, default=2)
+        if name == "search":
+            verb.add_argument("--rounds", type=int, default=1, help="of each collector")
+            verb.add_argument(
+                "--all-orders", action="store_true", help="of listings, not one of six"
+            )
+            verb.add_argument("--mutant", choices=[mutant.name for mutant in Mutant])
+        if name == "kill-points":
+            verb.add_argument("--operation", action="append", choices=list(OPERATIONS))
+            verb.add_argument("--every", type=int, default=1, help="only each so many-th point")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one campaign and tell its figures; 1 when something is lost."""
+    arguments = _parser().parse_args(argv)
+    began = time.monotonic()
+    try:
+        with memory_repositories():
+            told = _CAMPAIGNS[arguments.campaign](arguments)
+    except AssertionError as exc:
+        print(f"{arguments.campaign}, seed {arguments.seed}: LOST: {exc}")
+        return 1
+    print(f"{arguments.campaign}, seed {arguments.seed}: {told}; nothing lost;", end="")
+    print(f" {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,188 @@
+"""The real code in interleavings: random ones, and for each rule one in which it matters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import pytest
+
+from nbdpull.errors import Error
+from nbdpull.model.manifest import Manifest
+from nbdpull.repo.repository import Repository
+from tests.protocol.mutants import MUTANTS
+from tests.protocol.scenario import play
+from tests.protocol.stores import MemoryStore, WatchedStore
+from tests.protocol.world import World, memory_repositories
+from tests.repo.helpers import store_changes, summary_for
+
+DAY = 86400.0
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 12))
+def test_nothing_is_lost_in_random_schedules(seed: int) -> None:
+    """`scripts/soak --schedules` plays thousands."""
+    for one in range(seed, seed + 12):
+        played = play(one, kills=0.2 * (one % 2))
+        assert played.calls > 50
+
+
+@dataclass
+class Scene:
+    """A repository with one backup, and a collector whose calls can be broken in upon."""
+
+    world: World
+    store: MemoryStore
+    first: str
+
+    def collect(self, when: tuple[str, str], act: Callable[[], object]) -> None:
+        """Collect, and do something once, before the first call of that name and kind of key."""
+        done = False
+
+        @contextmanager
+        def gate(name: str, key: str) -> Iterator[None]:
+            nonlocal done
+            if not done and name == when[0] and key.startswith(when[1]):
+                done = True
+                act()
+            yield
+
+        self.world.collect(WatchedStore(self.store, gate))
+        assert done
+
+    def session(self, *, parent: bool) -> Callable[[], None]:
+        """A session with a durable pack; call to commit. Raises when its pin is gone."""
+        repository = self.world.repository(self.store)
+        base = self.manifest() if parent else None
+        return self.begin(repository, base)
+
+    def manifest(self) -> Manifest:
+        repository = self.world.repository(self.store)
+        return repository.manifest(repository.find(self.first).disks[0])
+
+    def begin(self, repository: Repository, parent: Manifest | None) -> Callable[[], None]:
+        session = repository.begin(vm="vm", disk="vd0", parent=parent)
+        content = bytearray(self.world.committed[self.first] if parent else bytes(6 << 16))
+        content[:4] = b"new!"
+        raw = bytes(content[: 1 << 16])
+        reader = repository.reader(parent) if parent else None
+        store_changes(session, reader, len(content), {0: raw})
+        session.seal()
+
+        def commit() -> None:
+            session.commit(summary_for(session, size=len(content), disk="vd0", backup="f" * 16))
+            self.world.committed["f" * 16] = bytes(content)
+
+        return commit
+
+    def check(self) -> None:
+        self.store.age_s = lambda _key: 0.0
+        self.world.check(self.store)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    with memory_repositories():
+        world, store = World(), MemoryStore()
+        first = world.back_up(store, random.Random(1))
+        world.collect(store)  # its intent goes, which would be one protection more
+        yield Scene(world, store, first)
+
+
+def late_commit_of_an_idle_session(scene: Scene) -> None:
+    """While the collector deletes, a session that it took for dead commits."""
+    commit = scene.session(parent=False)
+    scene.store.age_s = lambda key: 0.0 if key.startswith("s/") and key > "s/g" else 2 * DAY
+    now = scene.store.stat
+
+    def stat(key: str) -> object:
+        scene.store.age_s, aged = (lambda _key: 0.0), scene.store.age_s
+        try:
+            return now(key)
+        finally:
+            scene.store.age_s = aged
+
+    scene.store.stat = stat  # type: ignore[assignment,method-assign]
+
+    def act() -> None:
+        with suppress(Error):
+            commit()
+
+    scene.collect(("delete", "d/"), act)
+
+
+def begin_on_what_is_being_deleted(scene: Scene) -> None:
+    """A writer chose its parent; then that is forgotten; it begins while the collector deletes."""
+    parent = scene.manifest()
+    repository = scene.world.repository(scene.store)
+
+    def act() -> None:
+        with suppress(Error):
+            scene.begin(repository, parent)()
+
+    scene.world.forget(scene.store, scene.first)
+    scene.collect(("delete", "d/"), act)
+
+
+def begin_before_the_packs_are_listed(scene: Scene) -> None:
+    """A session begins and stores packs before the collector lists packs, and commits late."""
+    commits: list[Callable[[], None]] = []
+    scene.collect(("list", "d"), lambda: commits.append(scene.session(parent=False)))
+    commits[0]()
+
+
+def commit_behind_the_listing(scene: Scene) -> None:
+    """While one collector lists manifests, a backup is made on another, which a second one deletes."""
+    before = scene.store.next_after
+    frozen: list[object] = []
+
+    def act() -> None:
+        # What the listing has passed already: the new manifest comes before the old one.
+        commit = scene.session(parent=True)
+        commit()
+        new = {f"m/{pin}" for pin in _pins(scene, "f" * 16)}
+        scene.world.forget(scene.store, scene.first)
+        scene.world.collect(scene.store)
+
+        def hide(prefix: str, last: str) -> object:
+            found = before(prefix, last)
+            if prefix == "m" and len(frozen) < 1:
+                while found is not None and found.key in new:
+                    found = before(prefix, found.key)
+                if found is None:
+                    frozen.append(True)  # only this listing
+            return found
+
+        scene.store.next_after = hide  # type: ignore[assignment,method-assign]
+
+    scene.collect(("list", "m"), act)
+
+
+def _pins(scene: Scene, backup: str) -> tuple[str, ...]:
+    return scene.world.repository(scene.store).find(backup).pins
+
+
+SCENES = {
+    "no register": late_commit_of_an_idle_session,
+    "no recheck": begin_on_what_is_being_deleted,
+    "sessions before packs": begin_before_the_packs_are_listed,
+    "no second look": commit_behind_the_listing,
+}
+
+
+@pytest.mark.parametrize("rule", SCENES)
+def test_the_rule_holds(rule: str, scene: Scene) -> None:
+    SCENES[rule](scene)
+    scene.check()
+
+
+@pytest.mark.parametrize("rule", SCENES)
+def test_without_the_rule_something_is_lost(
+    rule: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MUTANTS[rule](monkeypatch)
+    SCENES[rule](scene)
+    with pytest.raises(AssertionError):
+        scene.check()

@@ -1,0 +1,223 @@
+"""A repository that writers, collectors and others work on, and what must be true of it at any time."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from nbdpull.errors import Error
+from nbdpull.model.config import Config
+from nbdpull.model.grain import GRAIN
+from nbdpull.model.ids import BackupId
+from nbdpull.model.manifest import Manifest
+from nbdpull.model.results import Level
+from nbdpull.ops.forget import ForgetOptions, _forget
+from nbdpull.ops.repack import RepackOptions, _Repack
+from nbdpull.ops.undo import UndoOptions, _undo
+from nbdpull.repo.repository import Backup, ParentGoneError, Repository
+from nbdpull.repo.store import Store
+from tests.repo.helpers import restore, store_changes, summary_for
+
+__all__ = ["GRAINS", "World"]
+
+GRAINS: Final = 6
+SIZE: Final = GRAINS * GRAIN
+
+
+def _content(disk: bytes, seed: int, rng: random.Random) -> tuple[bytes, dict[int, bytes | None]]:
+    """A later state of a disk, and its changes."""
+    out = bytearray(disk)
+    changes: dict[int, bytes | None] = {}
+    for at in rng.sample(range(GRAINS), 2):
+        new = None if rng.random() < 0.2 else seed.to_bytes(4, "big") * (GRAIN // 4)
+        changes[at] = new
+        out[at * GRAIN : (at + 1) * GRAIN] = new or bytes(GRAIN)
+    return bytes(out), changes
+
+
+@dataclass
+class World:
+    """What was acknowledged to whom.
+
+    Attributes:
+        committed: what each acknowledged backup holds.
+        possible: what a backup holds that may be there without having been acknowledged.
+        forgotten: backups that somebody at least began to forget.
+    """
+
+    config: Config = field(default_factory=lambda: Config(id=secrets.token_hex(16)))
+    committed: dict[str, bytes] = field(default_factory=dict)
+    possible: dict[str, bytes] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def repository(self, store: Store) -> Repository:
+        """The repository, as one process sees it."""
+        return Repository(store, "memory", self.config)
+
+    # -- what processes do -----------------------------------------------------------------------
+
+    def back_up(
+        self, store: Store, rng: random.Random, *, full: bool = False, disks: int = 1
+    ) -> str:
+        """One backup, on top of the newest one that is there; returns its id when it is durable."""
+        repository = self.repository(store)
+        backups = [found for found in repository.backups() if found.complete]
+        parent = None if full or not backups else rng.choice(backups[-3:])
+        name = BackupId(f"{rng.getrandbits(64):016x}")
+        try:
+            content = self._write(repository, rng, name, parent, disks)
+        except ParentGoneError:
+            content = self._write(repository, rng, name, None, disks)
+        with self.lock:
+            self.committed[name] = content
+        return name
+
+    def _write(
+        self,
+        repository: Repository,
+        rng: random.Random,
+        name: BackupId,
+        parent: Backup | None,
+        disks: int,
+    ) -> bytes:
+        before = b"".join(bytes([at + 1]) * GRAIN for at in range(GRAINS))
+        parents: list[Manifest | None] = [None] * disks
+        if parent is not None:
+            parents = [repository.manifest(summary) for summary in parent.disks]
+            known = self.committed.get(parent.id)
+            before = known or restore(repository.reader(repository.manifest(parent.disks[0])))
+        content, changes = _content(before, rng.getrandbits(32), rng)
+        if parent is None:
+            grains = [content[at * GRAIN : (at + 1) * GRAIN] for at in range(GRAINS)]
+            changes = {at: raw if any(raw) else None for at, raw in enumerate(grains)}
+        sessions = [
+            repository.begin(vm="vm", disk=f"vd{number}", parent=one)
+            for number, one in enumerate(parents)
+        ]
+        siblings = tuple((session.disk_id, session.id) for session in sessions)
+        try:
+            for session, one in zip(sessions, parents, strict=True):
+                reader = repository.reader(one) if one is not None else None
+                store_changes(session, reader, SIZE, changes)
+                session.seal()
+            for number, session in enumerate(sessions):
+                session.commit(
+                    summary_for(
+                        session,
+                        size=SIZE,
+                        backup=name,
+                        disk=f"vd{number}",
+                        level=Level.FULL if parent is None else Level.INCREMENTAL,
+                        parent=None if parent is None else parent.id,
+                        siblings=siblings,
+                        time=time.time(),
+                    )
+                )
+        finally:
+            for session in sessions:
+                session.abandon()
+        return content
+
+    def collect(self, store: Store, *, undo_window_s: float = 0) -> None:
+        """One collection."""
+        collector = self.repository(store).collector(undo_window_s=undo_window_s)
+        collector._workers = 1
+        collector.run()
+
+    def forget(self, store: Store, backup: str) -> None:
+        """Forget a backup."""
+        with self.lock:
+            self.forgotten.add(backup)
+        with _opened(self.repository(store)):
+            _forget(ForgetOptions(repository="memory", backups=(backup,)))
+
+    def undo(self, store: Store, backup: str) -> bool:
+        """Bring a backup back; False when it is too late, or was not forgotten."""
+        with _opened(self.repository(store)):
+            try:
+                done = _undo(UndoOptions(repository="memory", backups=(backup,)))
+            except Error:
+                return False
+            if not done.restored:
+                return False
+        with self.lock:
+            self.forgotten.discard(backup)
+        return True
+
+    def repack(self, store: Store) -> None:
+        """Repack as much as can be."""
+        with _opened(self.repository(store)):
+            _Repack(RepackOptions(repository="memory", ratio=1.0), None, threading.Event()).run()
+
+    def garbage(self, store: Store) -> list[str]:
+        """Packs that no manifest refers to."""
+        repository = self.repository(store)
+        needed = {
+            f"d/{manifest.sessions[session].sid}/{seq:08x}"
+            for summary in repository.summaries()
+            for manifest in [repository.manifest(summary)]
+            for session, seq in manifest.packs()
+        }
+        return [listed.key for listed in store.list("d") if listed.key not in needed]
+
+    # -- what must be true -----------------------------------------------------------------------
+
+    def check(self, store: Store) -> int:
+        """See that nothing acknowledged is lost, and nothing half is shown; returns how many restored."""
+        repository = self.repository(store)
+        assert repository.unreadable() == []
+        shown = {backup.id: backup for backup in repository.backups()}
+        wanted = self.committed.keys() - self.forgotten
+        assert wanted <= shown.keys(), f"lost: {sorted(wanted - shown.keys())}"
+        restored = 0
+        for name, backup in shown.items():
+            if not backup.complete:
+                assert name not in wanted
+                continue
+            for summary in backup.disks:
+                reader = repository.reader(repository.manifest(summary))
+                assert reader.missing_packs() == []
+                got = restore(reader)
+                expected = self.committed.get(name) or self.possible.get(name, got)
+                assert got == expected, f"{name} restores to other bytes"
+            restored += 1
+        return restored
+
+
+_current = threading.local()
+_real_open = Repository.open
+
+
+def _open(*_args: object, **_kwargs: object) -> Repository:
+    opened: Repository = _current.repository
+    return opened
+
+
+@contextmanager
+def _opened(repository: Repository) -> Iterator[None]:
+    """In this thread, verbs that open a repository get this one. Needs `memory_repositories`."""
+    _current.repository = repository
+    try:
+        yield
+    finally:
+        del _current.repository
+
+
+@contextmanager
+def memory_repositories() -> Iterator[None]:
+    """Let verbs open what `World` hands them, instead of a folder."""
+    Repository.open = _open  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Repository.open = _real_open  # type: ignore[method-assign]
+
+
+Work = Callable[[Store], object]
