@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Write a tiny repository that has every case of the format in it; how tests/fixtures/format-1 was made.
 
-    scripts/make_fixture.py NEW-FOLDER
+    scripts/make_fixture.py NEW-FOLDER [--encrypt]
 
+With --encrypt it is encrypted under the password `fixture`, and its exported keys lie beside it.
 A fixture is made once and never again: what it holds must restore for ever. Ids are random, so another
 run writes other bytes. Beside the repository it leaves `expected.json`: for each backup and disk its size
 and a SHA-256 of its grains that are not zero, each led by its number (hashing 1 GiB of zeroes takes long).
@@ -118,13 +119,18 @@ def digest(content: bytearray) -> str:
     return found.hexdigest()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *, encrypt: bool) -> None:
     """Write it."""
     # Several packs a session, as large disks have; and nobody's host name.
     setattr(session_module, "FRAMES_PER_PACK", 3)  # noqa: B010 - it is Final
     socket.gethostname = lambda: "host"
-    Repository.create(str(folder / "repository"))
-    repository = Repository.open(str(folder / "repository"), write=True)
+    repository = Repository.create(
+        str(folder / "repository"), password=b"fixture" if encrypt else None
+    )
+    if repository.vault is not None:
+        ring = repository.vault.ring
+        (folder / "recovery.key").write_bytes(ring.encode())
+        (folder / "writer.key").write_bytes(ring.for_writers().encode())
     contents = {"vda": bytearray(VDA), "vdb": bytearray(VDB)}
     last: dict[str, Manifest] = {}
     expected: dict[str, dict[str, tuple[int, str]]] = {}
@@ -171,4 +177,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), encrypt="--encrypt" in sys.argv[2:])

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import zstandard
 
+import nbdpull
 from nbdpull.errors import UnsupportedFormatError
 from nbdpull.model.frame import ENTRY, Codec, FrameKind
 from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import Level
 from nbdpull.ops.restore import RestoreOptions, restore
 from nbdpull.ops.verify import VerifyOptions, verify
@@ -105,6 +107,35 @@ def test_what_format_1_wrote_verifies(fixture: Path) -> None:
     result = asyncio.run(verify(VerifyOptions(repository=str(fixture))))
     assert result.ok
     assert result.backups == tuple(EXPECTED)
+
+
+ENCRYPTED = FIXTURES / "format-1-encrypted"
+ENCRYPTED_EXPECTED = json.loads((ENCRYPTED / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("backup", ENCRYPTED_EXPECTED)
+def test_what_format_1_encrypted_restores_with_the_exported_key(
+    tmp_path: Path, backup: str
+) -> None:
+    out, keys = tmp_path / "out", KeySource(key_file=str(ENCRYPTED / "recovery.key"))
+    nbdpull.restore(ENCRYPTED / "repository", backup, out, keys=keys)
+    assert {path.stem: described(path) for path in out.iterdir()} == ENCRYPTED_EXPECTED[backup]
+
+
+def test_what_format_1_encrypted_opens_with_its_password_and_lists_for_a_writer() -> None:
+    for keys in (
+        KeySource(password="fixture"),
+        KeySource(key_file=str(ENCRYPTED / "writer.key")),
+    ):
+        listed = nbdpull.list_backups(ENCRYPTED / "repository", keys=keys)
+        assert [info.backup for info in listed] == list(ENCRYPTED_EXPECTED)
+        assert {info.vm for info in listed} == {"vm ü"}
+
+
+def test_rescue_reader_says_that_it_reads_nothing_encrypted() -> None:
+    done = rescue(ENCRYPTED / "repository")
+    assert done.returncode == 1
+    assert "of a kind not known here" in done.stderr
 
 
 def test_the_fixture_has_every_case_of_the_format(fixture: Path) -> None:
