@@ -68,14 +68,18 @@ async def init(
     """Create an empty repository.
 
     Args:
-        repository: a folder that is not there yet, or is empty.
+        repository: a folder that is not there yet or is empty, or an empty ``s3://bucket/prefix``,
+            ``gs://bucket/prefix`` or ``az://container/prefix``.
         encrypt: everything in it. Who loses the password and every other key loses the backups.
         keys: the password; None looks in the environment.
 
+    Returns:
+        The new repository; its `warnings` say what the store can't be trusted with.
+
     Raises:
-        UsageError: there is one already, or the folder holds something else.
+        UsageError: there is one already, or the place holds something else.
         WrongKeyError: it is to be encrypted, and there is no password.
-        StoreError: the storage refused.
+        StoreError: the storage refused, or can't hold a repository.
     """
     from nbdpull.ops import init as op
 

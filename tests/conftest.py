@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 
+from tests.support.stores import SeaweedFs, seaweedfs
 from tests.support.tools import QEMU_VERSIONS, QemuTools
 
 
@@ -17,3 +21,24 @@ def qemu_tools(request: pytest.FixtureRequest) -> QemuTools:
     if not tools.installed:
         pytest.fail(f"{tools.id} is not in {tools.bin}; run scripts/setup")
     return tools
+
+
+_prefixes = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def weed() -> Iterator[SeaweedFs]:
+    """A SeaweedFS for all tests of this process."""
+    with seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(weed: SeaweedFs, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The location of an empty place in it, reachable through the environment.
+
+    A bucket takes several volumes in SeaweedFS, so all share the one that it came up with.
+    """
+    for name, value in weed.env.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket0/test/{next(_prefixes)}"

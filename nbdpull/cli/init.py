@@ -8,6 +8,7 @@ from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb
 from nbdpull.cli.password import new_keys_of_user
+from nbdpull.cli.run import EXIT_WARNINGS
 
 __all__ = ["command"]
 
@@ -21,12 +22,17 @@ __all__ = ["command"]
 )
 @verb
 def command(console: Console, repository: str, encrypt: bool) -> int:
-    """Create an empty repository in a folder that is new or empty.
+    """Create an empty repository in a place that is new or empty.
+
+    REPO is a folder, or s3://bucket/prefix, gs://bucket/prefix, az://container/prefix. The bucket must
+    be there. What its store can be trusted with is tried out.
 
     The password of an encrypted one is asked for, or comes from NBDPULL_PASSWORD_FILE,
     NBDPULL_PASSWORD_COMMAND or NBDPULL_PASSWORD. Who loses it loses the backups: see 'nbdpull key export'.
     """
     result = api.init(repository, encrypt=encrypt, keys=new_keys_of_user())
+    for warning in result.warnings:
+        console.warning(warning)
     kind = "encrypted repository" if result.encrypted else "repository"
     console.result(result, lambda: f"created {kind} {result.id} in {one_line(result.repository)}")
-    return 0
+    return EXIT_WARNINGS if result.warnings else 0

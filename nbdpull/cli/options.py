@@ -56,7 +56,7 @@ def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
         show_envvar=True,
         metavar="REPO",
         callback=_given if needed else None,
-        help="The repository: a folder."
+        help="The repository: a folder, or s3://, gs:// or az://BUCKET/PREFIX."
         if needed
         else "A repository whose backups' checkpoints are to stay.",
     )

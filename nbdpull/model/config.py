@@ -15,14 +15,16 @@ from blake3 import blake3
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import is_hex
 
-__all__ = ["CONFIG_MAX", "FORMAT", "Config"]
+__all__ = ["CONFIG_MAX", "FORMAT", "SINGLE_WRITER", "Config"]
 
 FORMAT: Final = 1
 CONFIG_MAX: Final = 64 << 10
+SINGLE_WRITER: Final = "single_writer"
+"""The store does not refuse to overwrite: nothing may be collected beside a writer."""
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "read": frozenset({"encrypted"}),
-    "write": frozenset({"single_writer"}),
-    "gc": frozenset({"single_writer"}),
+    "write": frozenset({SINGLE_WRITER}),
+    "gc": frozenset({SINGLE_WRITER}),
 }
 _SUITES: Final = {"digest": "blake3-256", "cipher": "none"}
 _SUITES_ENCRYPTED: Final = {"digest": "blake3-256-keyed", "cipher": "aes-256-gcm"}
@@ -52,12 +54,12 @@ class Config:
     @classmethod
     def new(cls, own: str, capabilities: Mapping[str, bool], *, encrypted: bool) -> Config:
         """The settings of a new repository."""
-        if not encrypted:
-            return cls(id=own, capabilities=capabilities)
+        alone = () if capabilities["create_only"] else (SINGLE_WRITER,)
+        read = ("encrypted",) if encrypted else ()
         return cls(
             id=own,
-            features={"read": ("encrypted",), "write": (), "gc": ()},
-            suites=dict(_SUITES_ENCRYPTED),
+            features={"read": read, "write": alone, "gc": alone},
+            suites=dict(_SUITES_ENCRYPTED if encrypted else _SUITES),
             capabilities=capabilities,
         )
 
@@ -112,6 +114,11 @@ class Config:
                 for name, value in _mapping(fields, "capabilities").items()
             },
         )
+
+    @property
+    def single_writer(self) -> bool:
+        """Whether the store lets objects be overwritten: see docs/decisions/0011-single-writer.md."""
+        return SINGLE_WRITER in self.features["gc"]
 
     def unknown(self, use: str) -> str | None:
         """What of this repository this version does not know and must, for `use`; None when nothing."""

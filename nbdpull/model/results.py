@@ -270,11 +270,12 @@ class ShowResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitResult:
-    """A new repository."""
+    """A new repository. `warnings` are what its store can't be trusted with."""
 
     repository: str
     id: str
     encrypted: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ async def init(options: InitOptions) -> InitResult:
     """Create a repository.
 
     Raises:
-        UsageError: there is one already, or a folder that holds something else.
+        UsageError: there is one already, or a place that holds something else.
         StoreError: the storage refused, or can't keep what a repository promises.
         WrongKeyError: it is to be encrypted and no password is given.
     """
@@ -56,5 +56,8 @@ def _init(options: InitOptions) -> InitResult:
         )
     repository = Repository.create(options.repository, password=password)
     return InitResult(
-        repository=repository.location, id=repository.id, encrypted=password is not None
+        repository=repository.location,
+        id=repository.id,
+        encrypted=password is not None,
+        warnings=repository.warnings,
     )

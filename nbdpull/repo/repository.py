@@ -12,14 +12,12 @@ Keys, every object immutable (docs/internals/format.md):
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 from nbdpull.errors import (
     BackupNotFoundError,
@@ -51,9 +49,9 @@ from nbdpull.repo import marks as marking
 from nbdpull.repo.catalog import Backup, Entry, group
 from nbdpull.repo.collect import Collector
 from nbdpull.repo.damage import DamageRecords
-from nbdpull.repo.local import LocalStore, sync_folder, told
+from nbdpull.repo.location import CONFIG, new_store, open_store, tidy
 from nbdpull.repo.password import wants_key
-from nbdpull.repo.probe import PROBE, probe
+from nbdpull.repo.probe import probe
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import Found, KnownFrame, PackListing, Reuse, ReuseSource
 from nbdpull.repo.session import Session
@@ -73,10 +71,7 @@ __all__ = [
     "Session",
 ]
 
-_CONFIG: Final = "nbdpull.json"
 _HEAD_READ: Final = 16 << 10
-# In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
-_NOTHING: Final = re.compile(rf"lost\+found|key|{PROBE}[0-9a-f]{{16}}(first|race)|\.tmp-.*")
 
 
 class ParentGoneError(RepositoryError):
@@ -90,6 +85,7 @@ class Repository:
         location: as the user gave it.
         id: 32 hex digits.
         damage: what is known to be damaged, and where it was stored anew.
+        warnings: what `create` found that the user should know.
     """
 
     def __init__(
@@ -101,6 +97,7 @@ class Repository:
         self.config = config
         self.id = config.id
         self.damage = DamageRecords(store, config.id)
+        self.warnings: tuple[str, ...] = ()
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -116,34 +113,27 @@ class Repository:
             kdf: what the password goes through; None is Argon2id with 256 MiB.
 
         Raises:
-            UsageError: there is one already, or a folder that holds something else.
+            UsageError: there is one already, or a place that holds something else.
             StoreError: the storage can't be written, or does not do what a repository needs.
         """
-        root = _folder(location)
-        with told("use", root):
-            if root.exists() and not root.is_dir():
-                raise UsageError(f"{root} is a file, expected a folder or nothing")
-            if (root / _CONFIG).exists():
-                raise UsageError(
-                    f"{root} is a repository already; use it, or choose another folder"
-                )
-            if root.exists() and not all(_NOTHING.fullmatch(path.name) for path in root.iterdir()):
-                raise UsageError(f"{root} is not empty; choose an empty or a new folder")
-        _make_root(root)
-        store = LocalStore(root)
-        capabilities = probe(store)
+        store, keys = new_store(location)
+        probed = probe(store, keys=keys)
         own = secrets.token_hex(16)
-        config = Config.new(own, capabilities, encrypted=password is not None)
+        config = Config.new(own, probed.capabilities, encrypted=password is not None)
         vault = None
         if password is not None:
             # Before the settings: no repository is ever there without its key.
             vault = Vault(Ring(own, os.urandom(KEY_SIZE), ()).rotated(*new_keys()))
             Slots(store, own, location).add(vault.ring, password, kdf=kdf)
-        try:
-            store.create(_CONFIG, config.encode())
-        except KeyExistsError as exc:
-            raise UsageError(f"{root} was just made a repository by somebody else") from exc
-        return cls(store, location, config, vault)
+        raw = config.encode()
+        with suppress(KeyExistsError):
+            store.create(CONFIG, raw)
+        # Also where it was created: without create-only another one may have overwritten it.
+        if store.get(CONFIG, limit=CONFIG_MAX) != raw:
+            raise UsageError(f"{location} was just made a repository by somebody else")
+        made = cls(store, location, config, vault)
+        made.warnings = probed.warnings
+        return made
 
     @classmethod
     def open(
@@ -175,7 +165,7 @@ class Repository:
                 " unset NBDPULL_PASSWORD, _FILE, _COMMAND and NBDPULL_KEY_FILE"
             )
         if write:
-            store.remove_leftovers()
+            tidy(store)
         return cls(store, location, config, vault)
 
     @classmethod
@@ -195,10 +185,10 @@ class Repository:
         return Slots(store, config.id, location)
 
     @staticmethod
-    def _settings(location: str, *, write: bool) -> tuple[LocalStore, Config]:
-        store = LocalStore(_folder(location))
+    def _settings(location: str, *, write: bool) -> tuple[Store, Config]:
+        store = open_store(location)
         try:
-            raw = store.get(_CONFIG, limit=CONFIG_MAX)
+            raw = store.get(CONFIG, limit=CONFIG_MAX)
         except KeyMissingError as exc:
             raise RepositoryNotFoundError(
                 f"no repository at {location}; make one with 'nbdpull init -r {location}'"
@@ -206,7 +196,7 @@ class Repository:
         try:
             config = Config.decode(raw)
         except FormatError as exc:
-            raise DamagedError(f"{location}/{_CONFIG} is damaged: {exc}", key=_CONFIG) from exc
+            raise DamagedError(f"{location}/{CONFIG} is damaged: {exc}", key=CONFIG) from exc
         unknown = config.unknown("write" if write else "read")
         if unknown is not None:
             raise UnsupportedFormatError(
@@ -541,31 +531,3 @@ class Repository:
 def _pin(manifest: Manifest) -> str:
     """How an intent names a manifest."""
     return f"{manifest.summary.disk_id}/{manifest.summary.session}"
-
-
-def _folder(location: str) -> Path:
-    """The folder of a location.
-
-    Raises:
-        UsageError: a location of another kind.
-    """
-    if not location:
-        raise UsageError("the repository's location is empty; give a folder with -r")
-    parts = urlsplit(location)
-    if "://" not in location:
-        return Path(location).absolute()
-    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
-        return Path(unquote(parts.path)).absolute()
-    raise UsageError(
-        f"repository {location} is of a kind that this version does not know; expected a folder"
-    )
-
-
-def _make_root(root: Path) -> None:
-    """Make the folder, and its entry and those above it durable."""
-    with told("make", root):
-        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        for folder in missing or [root]:
-            sync_folder(folder.parent)

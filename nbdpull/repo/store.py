@@ -79,11 +79,16 @@ class Store(Protocol):
         """Make an object; durable when it returns.
 
         Raises:
-            KeyExistsError: the key is taken; the object there is untouched.
+            KeyExistsError: the key is taken; the object there is untouched. An object store may also
+                return, as if it had made it, when the object there has the very same bytes: it can't
+                tell another's from its own whose answer was lost.
         """
 
     def begin(self, key: str) -> Upload:
-        """Start an object that is written in pieces."""
+        """Start an object that is written in pieces.
+
+        A store that keeps the pieces in memory waits here while it has too many on their way.
+        """
 
     def get(self, key: str, *, limit: int) -> bytes:
         """A whole object of at most `limit` bytes.

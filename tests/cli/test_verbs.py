@@ -483,3 +483,21 @@ def test_cleanup(cli: Cli, replace: Replace) -> None:
     assert calls[-1][1]["repository"] is None
     replace("cleanup", nbdpull.CleanupResult())
     assert cli("cleanup", "qmp:/s").stdout == "nothing to clean up\n"
+
+
+# -- init ---------------------------------------------------------------------------------------------
+
+
+def test_init_with_a_store_to_be_careful_with_ends_with_3(cli: Cli, replace: Replace) -> None:
+    replace("init", nbdpull.InitResult(repository="s3://b/p", id="0f" * 16, warnings=("careful",)))
+    done = cli("init", "-r", "s3://b/p")
+    assert (done.exit_code, done.stderr) == (3, "nbdpull: warning: careful\n")
+    assert done.stdout == f"created repository {'0f' * 16} in s3://b/p\n"
+    done = cli("init", "-r", "s3://b/p", "--json")
+    assert done.exit_code == 3
+    assert json.loads(done.stdout) == {
+        "repository": "s3://b/p",
+        "id": "0f" * 16,
+        "encrypted": False,
+        "warnings": ["careful"],
+    }

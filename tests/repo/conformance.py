@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +25,32 @@ class StoreConformance:
         assert store.get_range(f"x/{SID}/0", 8, 4) == b"89"
         assert store.get_range(f"x/{SID}/0", 10, 4) == b""
         assert store.get_range(f"x/{SID}/0", 11, 1 << 60) == b""
+
+    @pytest.mark.parametrize("size", [1, 4096, 1_100_000])
+    def test_a_range_at_any_edge_has_just_the_bytes_that_are_there(
+        self, store: Store, size: int
+    ) -> None:
+        data = random.Random(size).randbytes(size)
+        store.create("d/a/b", data)
+        edges = sorted({0, 1, size // 2, size - 1, size, size + 1, 2 * size})
+        for start in edges:
+            for length in edges:
+                assert store.get_range("d/a/b", start, length) == data[start : start + length]
+
+    def test_a_range_of_an_empty_object_is_empty(self, store: Store) -> None:
+        store.create("s/empty", b"")
+        for start, length in ((0, 0), (0, 1), (1, 1), (0, 1 << 40)):
+            assert store.get_range("s/empty", start, length) == b""
+
+    def test_a_pack_of_full_size_comes_back(self, store: Store) -> None:
+        data = random.Random(1).randbytes(33 << 20) + b"end"
+        upload = store.begin("d/ab/0")
+        for start in range(0, len(data), 1 << 20):
+            upload.write(start, memoryview(data)[start : start + (1 << 20)])
+        upload.commit()
+        assert store.get("d/ab/0", limit=len(data)) == data
+        assert store.get_range("d/ab/0", 20 << 20, 1 << 20) == data[20 << 20 : 21 << 20]
+        assert [entry.size for entry in store.list("d")] == [len(data)]
 
     def test_an_object_larger_than_the_limit_is_refused(self, store: Store) -> None:
         store.create("nbdpull.json", b"0123456789")
@@ -64,6 +91,23 @@ class StoreConformance:
             assert len(won) == 1
             assert store.get(f"m/d{round_}/s", limit=9) == b"%d" % won[0]
 
+    def test_of_many_uploads_just_one_makes_the_object(self, store: Store) -> None:
+        uploads = [store.begin("d/ab/0") for _ in range(8)]
+        for who, upload in enumerate(uploads):
+            upload.write(0, b"%d" % who)
+
+        def commit(who: int) -> int | None:
+            try:
+                uploads[who].commit()
+            except KeyExistsError:
+                return None
+            return who
+
+        with ThreadPoolExecutor(8) as pool:
+            won = [who for who in pool.map(commit, range(8)) if who is not None]
+        assert len(won) == 1
+        assert store.get("d/ab/0", limit=9) == b"%d" % won[0]
+
     def test_what_is_missing_is_told_as_missing(self, store: Store) -> None:
         store.create("m/a/b", b"x")
         for key in ("m/a/c", "m/b/c", "n/a/b", "m/a", "m/a/b/c"):
@@ -92,6 +136,17 @@ class StoreConformance:
         assert len(list(store.list(""))) == 5
         assert list(store.list("d/ab/00000000")) == []
         assert list(store.list("nothing/there")) == []
+
+    def test_a_listing_is_whole_however_long_it_is(self, store: Store) -> None:
+        keys = {f"d/{number % 3}/{number:08x}" for number in range(1100)}
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda key: store.create(key, key.encode()), keys))
+        listed = list(store.list(""))
+        assert {entry.key for entry in listed} == keys
+        assert len(listed) == len(keys)
+        assert {entry.size for entry in listed} == {12}
+        one = [key for key in keys if key.startswith("d/1/")]
+        assert sorted(entry.key for entry in store.list("d/1")) == sorted(one)
 
     def test_a_deleted_object_is_gone_and_may_be_made_again(self, store: Store) -> None:
         store.create("m/a/b", b"abc")
@@ -137,5 +192,7 @@ class StoreConformance:
             store.get(key, limit=1)
 
     def test_the_probe_finds_it_good_and_leaves_nothing(self, store: Store) -> None:
-        assert all(probe(store).values())
+        probed = probe(store, keys=10)
+        assert all(probed.capabilities.values())
+        assert probed.warnings == ()
         assert list(store.list("")) == []

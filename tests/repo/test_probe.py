@@ -1,13 +1,15 @@
-"""Stores that only pretend, as some gateways do, are refused."""
+"""Stores that only pretend, as some gateways do, are refused or trusted with less."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdpull.errors import StoreError
+from nbdpull.model.config import Config
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.probe import probe
 from nbdpull.repo.store import KeyExistsError, Listed
@@ -60,20 +62,48 @@ class NobodyWins(LocalStore):
             raise KeyExistsError(key)
 
 
+class ListsOnePage(LocalStore):
+    """Stops a listing where S3 would begin another answer."""
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        return itertools.islice(super().list(prefix), 1000)
+
+
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        (Overwrites, "created twice"),
         (RefusesButOverwrites, "changed it"),
-        (IgnoresRanges, "ranged read"),
+        (IgnoresRanges, "answers a read of"),
         (ListsLate, "lists"),
-        (CheckThenWrite, "were told that they made it"),
-        (NobodyWins, "were told that they made it"),
+        (ListsOnePage, "lists 1000 objects just after 1102"),
+        (NobodyWins, "none of 8 writers"),
     ],
 )
-def test_a_store_that_pretends_is_refused(
+def test_a_store_that_would_lose_backups_is_refused(
     kind: type[LocalStore], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(StoreError, match=problem):
-        probe(kind(tmp_path))
+        probe(kind(tmp_path), keys=1100)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [Overwrites, CheckThenWrite])
+def test_a_store_that_overwrites_is_trusted_with_one_writer_beside_a_collector(
+    kind: type[LocalStore], tmp_path: Path
+) -> None:
+    probed = probe(kind(tmp_path))
+    assert probed.capabilities == {"create_only": False, "ranges": True, "list_after_write": True}
+    assert len(probed.warnings) == 1
+    assert "gc --exclusive" in probed.warnings[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_such_a_store_gives_the_repository_the_feature(*, encrypted: bool) -> None:
+    for create_only in (False, True):
+        config = Config.new("0f" * 16, {"create_only": create_only}, encrypted=encrypted)
+        again = Config.decode(config.encode())
+        assert again.single_writer is not create_only
+        assert again.features["write"] == again.features["gc"]
+        assert again.unknown("write") is None
+        assert again.unknown("gc") is None

@@ -1,0 +1,116 @@
+"""From a repository's location to its store: a folder, or a prefix in an object store."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from nbdpull.errors import UsageError
+from nbdpull.repo.cloud import SCHEMES, parse_cloud
+from nbdpull.repo.local import LocalStore, sync_folder, told
+from nbdpull.repo.probe import LISTED, PROBE
+from nbdpull.repo.store import Store
+
+__all__ = ["CONFIG", "new_store", "open_store", "tidy"]
+
+CONFIG: Final = "nbdpull.json"
+# In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
+_NOTHING: Final = re.compile(rf"lost\+found|key(/.*)?|{PROBE}[0-9a-f]{{16}}.*|\.tmp-.*")
+
+
+def open_store(location: str) -> Store:
+    """The store at a location; whether a repository is in it is not looked at.
+
+    Raises:
+        UsageError: the location can't be.
+        StoreError: what the environment says of that object store can't be.
+    """
+    if _scheme(location) in SCHEMES:
+        # The library takes a while to load, and most repositories are folders.
+        from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415
+
+        return ObjectStore(parse_cloud(location, os.environ))
+    return LocalStore(_folder(location))
+
+
+def tidy(store: Store) -> None:
+    """Remove what killed writers left that is no object; only a folder can have such."""
+    if isinstance(store, LocalStore):
+        store.remove_leftovers()
+
+
+def new_store(location: str) -> tuple[Store, int]:
+    """An empty store at a location, and how many keys a trial listing of it should have.
+
+    A folder is made. The clouds' own services are known to list well beyond one answer's 1,000 keys;
+    what answers at an endpoint of the user's is not.
+
+    Raises:
+        UsageError: the location can't be, is a repository already, or holds something else.
+        StoreError: the store can't be used.
+    """
+    if _scheme(location) in SCHEMES:
+        return _new_prefix(location)
+    root = _folder(location)
+    with told("use", root):
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"{root} is a file, expected a folder or nothing")
+        if (root / CONFIG).exists():
+            raise UsageError(f"{root} is a repository already; use it, or choose another folder")
+        if root.exists() and not all(_NOTHING.fullmatch(path.name) for path in root.iterdir()):
+            raise UsageError(f"{root} is not empty; choose an empty or a new folder")
+    _make_root(root)
+    return LocalStore(root), 0
+
+
+def _new_prefix(location: str) -> tuple[Store, int]:
+    from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415
+
+    store = ObjectStore(parse_cloud(location, os.environ))
+    for key in store.anything():
+        if key == CONFIG or not _NOTHING.fullmatch(key):
+            if store.exists(CONFIG):
+                raise UsageError(
+                    f"{store.cloud} is a repository already; use it, or choose another prefix"
+                )
+            raise UsageError(f"{store.cloud} is not empty; choose an empty or a new prefix")
+    unknown = store.cloud.scheme == "s3" and store.cloud.endpoint is not None
+    return store, LISTED if unknown else 0
+
+
+def _scheme(location: str) -> str:
+    if not location:
+        raise UsageError(
+            "the repository's location is empty; give a folder, or s3://, gs:// or az://, with -r"
+        )
+    return location.partition("://")[0] if "://" in location else ""
+
+
+def _folder(location: str) -> Path:
+    """The folder of a location.
+
+    Raises:
+        UsageError: a location of another kind.
+    """
+    if "://" not in location:
+        return Path(location).absolute()
+    parts = urlsplit(location)
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
+        return Path(unquote(parts.path)).absolute()
+    raise UsageError(
+        f"repository {location.partition('://')[0]}://... is of a kind that this version does not know;"
+        " expected a folder, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
+    )
+
+
+def _make_root(root: Path) -> None:
+    """Make the folder, and its entry and those above it durable."""
+    with told("make", root):
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in missing or [root]:
+            sync_folder(folder.parent)
