@@ -144,6 +144,8 @@ class Directory:
             raise FormatError("directory does not hash to what the index's table says")
         if place.keys is not None:
             raw = place.keys.open_directory(raw)
+        if len(raw) % ENTRY.itemsize:
+            raise FormatError(f"directory of {len(raw)} bytes is no whole number of entries")
         entries = np.frombuffer(raw, dtype=ENTRY)
         offset = entries["offset"].astype(np.int64)
         clen = entries["clen"].astype(np.int64)

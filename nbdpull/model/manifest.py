@@ -24,6 +24,7 @@ import zstandard
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from nbdpull.model.cbor import decode_map
 from nbdpull.model.columns import pack_columns, unpack_columns
 from nbdpull.model.frame import ENCRYPTED, FormatError
 from nbdpull.model.grain import segment_count
@@ -465,23 +466,9 @@ def _column(numbers: Iterable[int]) -> bytes:
 
 def _loads(raw: bytes) -> Mapping[str, Any]:
     try:
-        loaded = cbor2.loads(raw)
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-        cbor2.CBORError,
-    ) as exc:
-        # cbor2 decodes tags of all kinds, and each fails in a way of its own.
+        return decode_map(raw)
+    except FormatError as exc:
         raise FormatError(f"manifest is no CBOR: {exc}") from exc
-    if not isinstance(loaded, dict):
-        raise FormatError("manifest is no CBOR map")
-    return loaded
 
 
 def _list(value: object) -> Sequence[Any]:
