@@ -194,6 +194,7 @@ class Collector:
         self._references = _References()
         self._ended: set[str] = set()  # tombstones that a dry run would make
         self._hopeless: list[Listed] = []
+        self._alive: dict[str, list[Listed]] = {}
         self._now = 0.0
         self.collected = Collected()
 
@@ -309,12 +310,16 @@ class Collector:
 
     def _list_sessions(self, objects: Mapping[str, Sequence[Listed]]) -> list[_Session]:
         sessions = []
+        self._alive = defaultdict(list)
+        for listed in self._store.list("a"):
+            self._alive[listed.key.split("/")[1]].append(listed)
         for listed in list(self._store.list("s")):
             sid = listed.key.partition("/")[2]
             if not is_hex(sid, 32):
                 continue
             self._check()
-            last = max([listed.modified, *(one.modified for one in objects.get(sid, ()))])
+            made = (*objects.get(sid, ()), *self._alive.get(sid, ()))
+            last = max([listed.modified, *(one.modified for one in made)])
             intent = self._intent(listed)
             if intent is not None:
                 sessions.append(_Session(SessionId(sid), intent, listed, self._now - last))
@@ -459,6 +464,9 @@ class Collector:
             for listed in self._store.list("t")
             if self._is_old(listed) and listed.key.partition("/")[2] not in view.registers
         ]
+        for sid, listed_alive in self._alive.items():
+            if sid not in view.live:
+                marks += listed_alive
         busy = {session.id for session in view.sessions} | view.objects.keys()
         marks += [
             listed

@@ -47,6 +47,7 @@ from nbdpull.model.manifest import (
 )
 from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Segment
+from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import KeyExistsError, Store, Upload
@@ -141,6 +142,7 @@ class Session:
         self.stored_bytes = 0
         self.reused_bytes = 0
         self.lost: frozenset[bytes] = frozenset()
+        self._alive = KeepAlive(store, sid)
 
     # -- frames ------------------------------------------------------------------------------------
 
@@ -450,6 +452,7 @@ class Session:
                     f"{key} holds something else than this session's manifest ({register_kind(there)})"
                 ) from exc
         self.stored_bytes += len(raw)
+        self._alive.stop()
         return manifest
 
     def _manifest(self, summary: Summary) -> Manifest:
@@ -472,6 +475,7 @@ class Session:
         Does not wait for threads that are inside `put`, nor for packs on their way to the disk: these
         end by themselves. A second call, or one after `commit`, does nothing.
         """
+        self._alive.stop()
         with self._lock:
             self._abandoned = True
             pack, self._pack = self._pack, None

@@ -13,6 +13,7 @@ from nbdpull.model.manifest import Manifest
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
 from tests.ops.builder import Disk, add_backup
+from tests.repo.helpers import encrypted
 
 DAY = 86400.0
 SIZE = 40 * GRAIN + 5000
@@ -77,9 +78,15 @@ class Retained:
         }
 
 
-def retained(path: Path, count: int = 3) -> Retained:
-    """A repository with `count` backups: a full, and increments."""
-    Repository.create(str(path))
+def retained(path: Path, count: int = 3, *, encrypt: bool = False) -> Retained:
+    """A repository with `count` backups: a full, and increments.
+
+    For an encrypted one NBDPULL_PASSWORD must be that of `tests.repo.helpers`.
+    """
+    if encrypt:
+        encrypted(path)
+    else:
+        Repository.create(str(path))
     made = Retained(path, Repository.open(str(path), write=True))
     for _ in range(count):
         made.add()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import nbdpull
 from nbdpull.errors import DamagedError, RepositoryError
 from nbdpull.model.config import Config
 from nbdpull.model.grain import GRAIN
+from nbdpull.model.ids import SessionId
 from nbdpull.model.manifest import Manifest
+from nbdpull.repo import alive as alive_module
 from nbdpull.repo import collect as collect_module
+from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.collect import Collector
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import ParentGoneError, Repository
@@ -20,6 +25,7 @@ from nbdpull.repo.session import Session
 from nbdpull.repo.store import AccessDeniedError, Listed
 from tests.ops.builder import VM, Disk, add_backup
 from tests.ops.retained import DAY, Retained, retained
+from tests.protocol.stores import MemoryStore
 
 
 @pytest.fixture
@@ -188,6 +194,55 @@ def test_a_session_that_goes_on_making_packs_is_not_idle(repo: Retained) -> None
     for prefix in ("s", "x"):
         repo.age(prefix, 9 * DAY)
     assert collect(repo).revoked == ()
+
+
+def test_a_session_that_stores_nothing_says_that_it_lives(
+    repo: Retained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alive_module, "EVERY_S", 0.02)
+    before = set(threading.enumerate())
+    commit = running(repo, None)
+    while len(repo.objects("a")) < 2:
+        time.sleep(0.01)
+    for prefix in ("s", "d", "x"):
+        repo.age(prefix, 9 * DAY)
+    done = collect(repo)
+    assert (done.revoked, len(done.live)) == ((), 1)
+    assert len(repo.objects("a")) >= 2
+    commit()
+    while set(threading.enumerate()) - before:
+        time.sleep(0.01)
+    collect(repo)
+    assert repo.objects("a") == []
+    assert not any(key.startswith("s/") for key in repo.objects())
+
+
+def test_a_store_that_is_away_does_not_end_the_saying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alive_module, "EVERY_S", 0.01)
+    monkeypatch.setattr(alive_module, "_AGAIN_S", 0.01)
+    store = MemoryStore()
+    made: list[str] = []
+
+    def create(key: str, _data: bytes) -> None:
+        made.append(key)
+        if len(made) < 3:
+            raise nbdpull.StoreError("away")
+
+    store.create = create  # type: ignore[method-assign,assignment]
+    alive = KeepAlive(store, SessionId("ab" * 16))
+    while len(made) < 5:
+        time.sleep(0.01)
+    alive.stop()
+    assert made[:3] == [f"a/{'ab' * 16}/{number}" for number in range(3)]
+
+
+def test_a_session_that_nobody_ends_falls_silent_when_it_is_gone() -> None:
+    before = set(threading.enumerate())
+    alive = KeepAlive(MemoryStore(), SessionId("ab" * 16))
+    assert len(set(threading.enumerate()) - before) == 1
+    del alive
+    while set(threading.enumerate()) - before:
+        time.sleep(0.01)
 
 
 def test_a_revoked_mark_goes_after_a_year(repo: Retained) -> None:

@@ -12,12 +12,17 @@ import nbdpull
 from nbdpull.model.manifest import Manifest
 from nbdpull.ops.recommit import Recommit
 from tests.ops.retained import DAY, Retained, retained
+from tests.repo.helpers import PASSWORD
 
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Retained:
     """Eight backups, of which the first, a full, is forgotten: later ones need a part of its packs."""
-    made = retained(tmp_path / "repo", 8)
+    return with_a_sparse_past(tmp_path, encrypt=False)
+
+
+def with_a_sparse_past(tmp_path: Path, *, encrypt: bool) -> Retained:
+    made = retained(tmp_path / "repo", 8, encrypt=encrypt)
     nbdpull.forget(made.path, [made.ids[0]])
     nbdpull.gc(made.path, undo_window_s=0)
     return made
@@ -52,6 +57,24 @@ def test_space_comes_back_and_every_backup_stays_as_it_was(repo: Retained, tmp_p
         repo.check(number, tmp_path / "out")
     assert nbdpull.verify(repo.path).ok
     assert nbdpull.repack(repo.path, ratio=1.05).backups == ()
+
+
+def test_an_encrypted_repository_is_collected_undone_and_repacked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBDPULL_PASSWORD", PASSWORD.decode())
+    repo = with_a_sparse_past(tmp_path, encrypt=True)
+    before = stored(repo)
+    nbdpull.forget(repo.path, [repo.ids[2]])
+    nbdpull.undo(repo.path, [repo.ids[2]])
+    assert repack(repo).sparse_packs > 0
+    assert stored(repo) < before
+    for number in range(1, 8):
+        repo.check(number, tmp_path / "out")
+    assert nbdpull.verify(repo.path).ok
+    monkeypatch.setenv("NBDPULL_PASSWORD", "another")
+    with pytest.raises(nbdpull.WrongKeyError):
+        nbdpull.gc(repo.path)
 
 
 def test_what_is_dense_is_left_alone(tmp_path: Path) -> None:
