@@ -105,6 +105,8 @@ async def backup(
     rate: int | None = None,
     max_guest_delay_s: int | None = None,
     audit: int | None = None,
+    bitmaps: Sequence[str] = (),
+    since: str | None = None,
     tags: Sequence[str] = (),
     keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
@@ -113,7 +115,8 @@ async def backup(
 
     Args:
         source: ``qmp:/path/to/socket`` or ``qmp+tcp://host:port`` of a running VM, or
-            ``disk:[NAME=]/path/to/image`` of one that is shut down: several of these are one VM.
+            ``disk:[NAME=]/path/to/image`` of one that is shut down, or ``[NAME=]nbd://host/export``:
+            several of these are one VM.
         repository: where it goes.
         level: what to read; ``auto`` is incremental where the chain allows it, else full.
         vm: what to call the VM; None asks QEMU for its name, else its UUID, and images for the VM that
@@ -129,6 +132,9 @@ async def backup(
         rate: most bytes to read from QEMU in a second, all disks together; None for no limit.
         max_guest_delay_s: with `guest_first`, seconds that a guest's write may wait for the scratch space
             (default 45); then the backup is given up and the guest goes on. 1 to 3600.
+        bitmaps: of NBD exports, ``[NAME=]qemu:dirty-bitmap:BITMAP``: it is believed to hold what changed
+            since the chain's last backup, for a differential since its last full.
+        since: id, or its beginning, of the backup that `bitmaps` count from; refused when it is another.
         audit: of each disk that is not read in full, how many frames that the bitmap calls clean, and how many
             zeroes, are read again and compared with the repository (default 4; 0 is none). One that differs
             makes the disk a full and is a warning. Not possible with `guest_first`.
@@ -185,6 +191,8 @@ async def backup(
         rate=rate,
         max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
         audit=op.AUDIT if audit is None else audit,
+        bitmaps=_names("bitmaps", bitmaps),
+        since=since,
         tags=tags,
         keys=keys,
     )

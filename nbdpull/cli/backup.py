@@ -88,6 +88,18 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     " scratch space (default 45).",
 )
 @click.option(
+    "--bitmap",
+    multiple=True,
+    metavar="CONTEXT",
+    help="Of an NBD export: qemu:dirty-bitmap:NAME with what changed since the chain's last backup (for"
+    " -l differential: last full). DISK=CONTEXT where disks have different ones; repeatable.",
+)
+@click.option(
+    "--since",
+    metavar="BACKUP",
+    help="The backup that --bitmap counts from; refuse if the chain's last one is another.",
+)
+@click.option(
     "--audit",
     type=click.IntRange(0),
     metavar="N",
@@ -117,6 +129,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     compression_level: int,
     rate: int | None,
     max_guest_delay: int | None,
+    bitmap: tuple[str, ...],
+    since: str | None,
     audit: int | None,
     tags: tuple[str, ...],
 ) -> int:
@@ -129,6 +143,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
 
     SOURCE of a VM that is shut down is all its images: disk:NAME=/path/to/image, NAME as the disk is
     called while the VM runs. Without NAME= an image is known by the checkpoint that is in it.
+
+    SOURCE can also be NBD exports that somebody else made: nbd://host/export.
     """
     with show_progress(console) as progress:
         result = api.backup(
@@ -146,6 +162,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             compression_level=compression_level,
             rate=rate,
             max_guest_delay_s=max_guest_delay,
+            bitmaps=bitmap,
+            since=since,
             audit=audit,
             tags=tags,
             keys=keys_of_user(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nbdpull.model.results import Level
 
-__all__ = ["Base", "BitmapState", "Decision", "choose", "obsolete"]
+__all__ = ["Base", "BitmapState", "Decision", "choose", "choose_told", "obsolete"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +126,51 @@ def choose(
         level=Level.FULL,
         reason=first_problem or "this chain has no earlier backup of the disk",
     )
+
+
+def choose_told(
+    wanted: Level | None,
+    context: str,
+    *,
+    size: int,
+    newest: str | None,
+    history: Sequence[Base],
+    unreadable: Callable[[Base], str | None] = lambda _base: None,
+) -> Decision:
+    """Decide for one disk whose changes somebody else keeps, and says since when.
+
+    There is one base that this can be right for: no older one may stand in for it, as with `choose`.
+
+    Args:
+        wanted: the level asked for; None means incremental where that can be.
+        context: meta context of the changes: since the chain's last backup, for a differential since its
+            last full.
+        size: bytes of the disk now.
+        newest: the chain's last backup.
+        history: as for `choose`.
+        unreadable: as for `choose`.
+    """
+    if wanted in {Level.FULL, Level.COPY}:
+        return Decision(level=wanted, reason=f"{wanted} was asked for")
+    level = wanted or Level.INCREMENTAL
+    fulls = level is Level.DIFFERENTIAL
+    base = next((base for base in history if not fulls or base.level is Level.FULL), None)
+    if base is None:
+        problem = "this chain has no earlier backup of the disk"
+    elif not fulls and base.backup != newest:
+        problem = f"the chain's last backup, {newest}, has not this disk"
+    elif base.size != size:
+        problem = f"the disk had {base.size} bytes in backup {base.backup} and has {size} now"
+    elif damage := unreadable(base):
+        problem = f"backup {base.backup} can't be built on: {damage}"
+    else:
+        since = "last full" if fulls else "last backup"
+        return Decision(
+            level=level,
+            reason=f"changes since the {since}, {base.backup}, as '{context}' is said to hold",
+            base=base,
+        )
+    return Decision(level=Level.FULL, reason=problem)
 
 
 def obsolete(owned: Sequence[str], *, newest: str | None, full: str | None) -> tuple[str, ...]:

@@ -43,8 +43,13 @@ __all__ = [
 MAX_REQUEST = 128 * 1024
 """Largest read request in bytes, see the module's docstring."""
 
+_STRUCTURED_REQUEST = 32 * 1024
+"""Largest one where replies are structured: in the worst case each 512 bytes come as a message of their own
+that takes 1 KiB more of the socket's buffer, see `_start`."""
+
 _IN_FLIGHT_UNIX = 128 * 1024
 _IN_FLIGHT_TCP = 1024 * 1024
+_STRUCTURED_IN_FLIGHT_TCP = 256 * 1024
 _FORMS = "expected nbd://host:port/export or nbd+unix:///export?socket=path"
 _TICK_MS = 250
 _CONNECT_S = 10.0
@@ -118,7 +123,7 @@ def check_uri(uri: str) -> None:
 
 
 class Connection:
-    """An open connection to one export. One thread at a time may use it.
+    """An open connection to one export. Reads and block status may come from any thread, one at a time.
 
     Attributes:
         uri: what it is connected to.
@@ -126,13 +131,15 @@ class Connection:
         read_only: True when the server refuses writes.
         multi_conn: True when several connections see each other's flushed writes.
         min_block, preferred_block, max_block: request sizes in bytes that the server asks for.
+        contexts: the meta contexts that were granted.
     """
 
     def __init__(self, handle: nbd.NBD, uri: str, cancel: threading.Event | None) -> None:
         self._nbd = handle
         self._cancel = cancel
-        self._in_flight = _IN_FLIGHT_UNIX if is_unix(uri) else _IN_FLIGHT_TCP
+        self._lock = threading.Lock()
         self.uri = uri
+        self.contexts: frozenset[str] = frozenset()
         self.size: int = handle.get_size()
         self.read_only: bool = handle.is_read_only()
         self.multi_conn: bool = handle.can_multi_conn()
@@ -142,7 +149,13 @@ class Connection:
         self.preferred_block: int = handle.get_block_size(nbd.SIZE_PREFERRED) or 4096
         # 32 MiB is what the NBD specification lets a client assume when the server says nothing.
         self.max_block: int = handle.get_block_size(nbd.SIZE_MAXIMUM) or 32 * 1024 * 1024
-        self._request = max(min(MAX_REQUEST, self.max_block), self.min_block)
+        largest = self.max_block - self.max_block % self.min_block
+        if handle.get_structured_replies_negotiated():
+            largest = min(_STRUCTURED_REQUEST, largest)
+            self._in_flight = _STRUCTURED_REQUEST if is_unix(uri) else _STRUCTURED_IN_FLIGHT_TCP
+        else:
+            self._in_flight = _IN_FLIGHT_UNIX if is_unix(uri) else _IN_FLIGHT_TCP
+        self._request = max(min(MAX_REQUEST, largest), self.min_block)
 
     @classmethod
     def open(
@@ -150,6 +163,7 @@ class Connection:
         uri: str,
         *,
         contexts: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
         cancel: threading.Event | None = None,
         timeout_s: float = _CONNECT_S,
     ) -> Self:
@@ -158,7 +172,8 @@ class Connection:
         Args:
             uri: ``nbd://host[:port]/export``, ``nbd+unix:///export?socket=path`` (NBD URI specification).
             contexts: meta contexts to negotiate; each must be granted. A connection with contexts is
-                for block status, one without for reads and writes: see `_start`.
+                for block status, one without reads faster: see `_start`.
+            optional: more of them, which a server need not know: see `contexts` of the connection.
             cancel: once set, every call of this connection raises `Cancelled` soon.
             timeout_s: how long to wait. QEMU leaves connections over its `max-connections` unanswered.
 
@@ -167,11 +182,11 @@ class Connection:
             NbdError: no connection, or a context was not granted.
         """
         for attempt in range(_CONNECT_TRIES):
-            handle = _start(uri, contexts)
+            handle = _start(uri, (*contexts, *optional))
             try:
                 _await_ready(handle, uri, cancel, timeout_s)
-                _check_contexts(handle, uri, contexts)
-                return cls(handle, uri, cancel)
+                opened = cls(handle, uri, cancel)
+                opened.contexts = _granted(handle, uri, contexts, optional)
             except _DroppedError:
                 _shut(handle)
                 if attempt == _CONNECT_TRIES - 1:
@@ -180,6 +195,8 @@ class Connection:
             except BaseException:
                 _shut(handle)
                 raise
+            else:
+                return opened
         raise AssertionError
 
     def __enter__(self) -> Self:
@@ -241,6 +258,10 @@ class Connection:
             NbdError: the connection is lost.
             Cancelled: the owner's event was set.
         """
+        with self._lock:
+            self._read_into(buffer, offset)
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
         step, total = self._request, len(buffer)
         ahead = max(1, self._in_flight // step)
         pending: list[tuple[int, int, int]] = []
@@ -281,10 +302,11 @@ class Connection:
             return 0
 
         flags = nbd.CMD_FLAG_REQ_ONE if one else 0
-        cookie = self._issue(
-            "block status", self._nbd.aio_block_status, length, offset, extents, None, flags
-        )
-        self._wait(cookie, "block status", offset, length)
+        with self._lock:
+            cookie = self._issue(
+                "block status", self._nbd.aio_block_status, length, offset, extents, None, flags
+            )
+            self._wait(cookie, "block status", offset, length)
         if len(replies) != 1:
             raise NbdError(
                 f"{self.uri} sent {len(replies)} block status replies for '{context}', expected 1"
@@ -348,10 +370,14 @@ def _unconnected(uri: str, exc: nbd.Error) -> NbdError:
     return kind(f"can't connect to {uri}: {exc}")
 
 
-def _check_contexts(handle: nbd.NBD, uri: str, contexts: tuple[str, ...]) -> None:
+def _granted(
+    handle: nbd.NBD, uri: str, contexts: tuple[str, ...], optional: tuple[str, ...]
+) -> frozenset[str]:
+    granted = frozenset(name for name in (*contexts, *optional) if handle.can_meta_context(name))
     for context in contexts:
-        if not handle.can_meta_context(context):
+        if context not in granted:
             raise NbdError(f"export {uri} does not offer the block status context '{context}'")
+    return granted
 
 
 def _shut(handle: nbd.NBD) -> None:

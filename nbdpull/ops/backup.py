@@ -25,9 +25,10 @@ from nbdpull.errors import (
     PointInTimeLostError,
     RepositoryError,
     SourceError,
+    UsageError,
     WrongKeyError,
 )
-from nbdpull.model.chain import Base, Decision, choose, obsolete
+from nbdpull.model.chain import Base, Decision, choose, choose_told, obsolete
 from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
@@ -83,6 +84,9 @@ class BackupOptions:
         compression_level: of zstd, 1 to 19.
         rate: most bytes to read in a second; None for no limit.
         max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
+        bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed since the chain's last backup (for a
+            differential: last full), by whoever made them.
+        since: id, or its beginning, of the backup that `bitmaps` count from; any other is refused.
         audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
         tags: words to find it by, for `forget --keep-tag`.
         keys: what opens an encrypted repository; None looks in the environment.
@@ -103,6 +107,8 @@ class BackupOptions:
     rate: int | None = None
     max_guest_delay_s: int = GUEST_DELAY_S
     audit: int = AUDIT
+    bitmaps: tuple[str, ...] = ()
+    since: str | None = None
     tags: tuple[str, ...] = ()
     keys: KeySource | None = None
 
@@ -181,8 +187,14 @@ class _Chain:
         """The manifest of a base that passed `unreadable`."""
         return self._manifests[f"{disk}/{base.backup}"]
 
-    def choose(self, disk: Disk, wanted: Level | None) -> tuple[Decision, Manifest | None]:
-        """The level and the parent of one disk."""
+    def choose(
+        self, disk: Disk, wanted: Level | None, since: str | None
+    ) -> tuple[Decision, Manifest | None]:
+        """The level and the parent of one disk.
+
+        Raises:
+            UsageError: changes would be counted from another backup than `since`.
+        """
         history = [
             Base(
                 backup=summary.backup,
@@ -192,13 +204,32 @@ class _Chain:
             )
             for summary in self.summaries(disk.name)
         ]
-        decision = choose(
-            wanted,
-            size=disk.size,
-            bitmaps=disk.bitmaps,
-            history=history,
-            unreadable=self.unreadable(disk.name),
-        )
+        if disk.told is not None:
+            newest = self.backups[0].id if self.backups else None
+            decision = choose_told(
+                wanted,
+                disk.told,
+                size=disk.size,
+                newest=newest,
+                history=history,
+                unreadable=self.unreadable(disk.name),
+            )
+            fulls = wanted is Level.DIFFERENTIAL
+            last = [one.backup for one in history if not fulls or one.level is Level.FULL][:1]
+            if since is not None and not any(backup.startswith(since) for backup in last):
+                raise UsageError(
+                    f"disk '{disk.name}' can't be read since backup {since}: the chain's last"
+                    f" {'full' if fulls else 'backup'} of it is {last[0] if last else 'none'}; make a"
+                    " bitmap that counts from there, or leave --bitmap and --since out"
+                )
+        else:
+            decision = choose(
+                wanted,
+                size=disk.size,
+                bitmaps=disk.bitmaps,
+                history=history,
+                unreadable=self.unreadable(disk.name),
+            )
         parent = self.manifest(disk.name, decision.base) if decision.base else None
         return decision, parent
 
@@ -279,8 +310,11 @@ async def backup(
         scratch=options.scratch,
         force=options.force,
         max_guest_delay_s=options.max_guest_delay_s,
+        bitmaps=options.bitmaps,
     )
     check_source(options.source, qemu)
+    if options.since is not None and not options.bitmaps:
+        raise UsageError("--since is about the changes that --bitmap tells; give both, or neither")
     repository = await call(Repository.open, options.repository, write=True, keys=options.keys)
 
     def say(text: str) -> None:
@@ -302,7 +336,7 @@ async def backup(
         backup_id = BackupId(secrets.token_hex(8))
         chosen = []
         for disk in disks:
-            decision, parent = await call(chain.choose, disk, options.level)
+            decision, parent = await call(chain.choose, disk, options.level, options.since)
             like = await call(chain.like, disk) if parent is None else None
             if like is not None:
                 reason = (
@@ -319,6 +353,13 @@ async def backup(
             )
             say(f"disk {disk.name}: {decision.level}, {decision.reason}")
         return await _Run(options, source, repository, chain, vm, backup_id, chosen, progress).go()
+
+
+def _count_from(one: _Chosen) -> str | None:
+    """What tells the changes of a disk; None reads all of it."""
+    if one.decision.base is None:
+        return None
+    return one.disk.told or one.decision.base.checkpoint
 
 
 class _Run:
@@ -351,7 +392,7 @@ class _Run:
         plans = [
             DiskPlan(
                 disk=one.disk,
-                base=one.decision.base.checkpoint if one.decision.base else None,
+                base=_count_from(one),
                 checkpoint=one.checkpoint,
             )
             for one in self.chosen
@@ -395,6 +436,7 @@ class _Run:
                     size=one.disk.size,
                     uri=served.uri,
                     context=served.context,
+                    granularity=served.granularity,
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else 0,

@@ -13,6 +13,7 @@ while one waits for its 128 KiB reply (more in flight could freeze the guest, se
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -36,7 +37,7 @@ from nbdpull.model.grain import (
 )
 from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
-from nbdpull.nbdio.connection import Cancelled, Connection
+from nbdpull.nbdio.connection import Cancelled, Connection, ReplyError
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
 from nbdpull.ops.heal import Healer
@@ -46,6 +47,8 @@ from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 
 __all__ = ["DiskPull", "PullCounts", "pull"]
 
+log = logging.getLogger(__name__)
+
 _ZERO: Final = bytearray(FRAME_MAX)
 _BATCH_BYTES: Final = 4 << 20
 _BATCH_FRAMES: Final = 64
@@ -53,6 +56,7 @@ _QUEUE: Final = 16
 _ASK_GRAINS: Final = 4
 """Shorter dirty runs are read without asking whether they are zero: the question costs as much."""
 _PROGRESS_S: Final = 0.25
+_ALLOCATION: Final = ("base:allocation",)
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class DiskPull:
         size: bytes.
         uri: its export.
         context: meta context of what changed; None reads everything that is not known to be zero.
+        granularity: bytes of the smallest change that it can tell.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
@@ -88,6 +93,7 @@ class DiskPull:
     audit: int = 0
     lie: list[str] = field(default_factory=list)
     healer: Healer | None = None
+    granularity: int = GRAIN
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -176,10 +182,16 @@ def _mark(kinds: Kinds, starts: np.ndarray, ends: np.ndarray, base: int, kind: K
 
 
 def _zero_where_known(
-    kinds: Kinds, allocation: StatusReader, base: int, start: int, end: int
+    kinds: Kinds, allocation: StatusReader | None, base: int, start: int, end: int
 ) -> None:
     """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes."""
-    starts, ends, flags = allocation.read(start, end)
+    if allocation is None:
+        return
+    try:
+        starts, ends, flags = allocation.read(start, end)
+    except ReplyError as exc:
+        log.debug("reading all of bytes %d to %d: %s", start, end, exc)
+        return
     data = (flags & Allocation.ZERO) == 0
     first, last = (start - base) // GRAIN, -((base - end) // GRAIN)
     kinds[first:last] = Kind.ZERO
@@ -188,7 +200,7 @@ def _zero_where_known(
 
 
 def _plan_changed(
-    kinds: Kinds, dirty: StatusReader, allocation: StatusReader, base: int, end: int
+    kinds: Kinds, dirty: StatusReader, allocation: StatusReader | None, base: int, end: int
 ) -> int:
     """Fill in `kinds` from a dirty bitmap; returns the changed bytes."""
     starts, ends, flags = dirty.read(base, end)
@@ -196,11 +208,15 @@ def _plan_changed(
     if not changed.any():
         return 0
     starts, ends = starts[changed], ends[changed]
+    changed_bytes = int((ends - starts).sum())
     _mark(kinds, starts, ends, base, Kind.DATA)
+    # A grain that changed in part is zero only if all of it is.
+    starts = starts // GRAIN * GRAIN
+    ends = np.minimum(-(-ends // GRAIN) * GRAIN, end)
     # Asking for strictly what changed matters where the point in time shows nothing else (mode C).
     for index in np.flatnonzero(ends - starts >= _ASK_GRAINS * GRAIN).tolist():
         _zero_where_known(kinds, allocation, base, int(starts[index]), int(ends[index]))
-    return int((ends - starts).sum())
+    return changed_bytes
 
 
 def _batches(work: _SegmentWork) -> list[_Batch]:
@@ -235,6 +251,12 @@ class _Pull:
         self.batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=_QUEUE)
         self.lock = threading.Lock()
         self.meter = _Meter(callback)
+        self.shared: dict[str, Connection] = {}
+
+    def close(self) -> None:
+        """Close what the threads shared, once they have ended."""
+        for connection in self.shared.values():
+            connection.close()
 
     def give(self, batch: _Batch | None) -> None:
         """Put into the queue; a queue that nobody empties any more must not hold the thread."""
@@ -264,29 +286,61 @@ class _Pull:
 
     def _plan_disk(self, disk: DiskPull) -> None:
         self.meter.start(disk)
-        contexts = ("base:allocation",)
-        with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as connection:
-            if connection.size != disk.size:
-                raise NbdError(
-                    f"export of disk '{disk.name}' has {connection.size} bytes, expected {disk.size};"
-                    " the disk was resized just now, or --nbd-address names another server: try again"
-                )
-            read = self._source(disk, connection)
+        with Connection.open(disk.uri, optional=_ALLOCATION, cancel=self.cancel) as connection:
+            if not connection.multi_conn:
+                connection.close()
+                self._plan_shared(disk)
+                return
+            self._check_size(disk, connection)
             if disk.context is None:
-                self._plan_segments(disk, None, allocation_reader(connection, strict=False), read)
+                self._plan_with(disk, connection, connection)
                 return
             # Its own connection: where the point in time shows changed ranges only, an error reply
             # to two contexts at once breaks the connection.
             contexts = (disk.context,)
             with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as second:
-                lie = self._audit(disk, connection, second)
-                if lie is not None:
-                    disk.lie.append(lie)
-                    allocation = allocation_reader(connection, strict=False)
-                    self._plan_segments(disk, None, allocation, read)
-                    return
-                allocation = allocation_reader(connection, strict=True)
-                self._plan_segments(disk, dirty_reader(second, disk.context), allocation, read)
+                self._plan_with(disk, connection, second)
+
+    def _plan_shared(self, disk: DiskPull) -> None:
+        """Plan a disk whose server may have room for one connection only: all threads use that.
+
+        A second client of such a server (``qemu-nbd`` without ``--shared``) waits for ever.
+        """
+        contexts = () if disk.context is None else (disk.context,)
+        connection = Connection.open(
+            disk.uri, contexts=contexts, optional=_ALLOCATION, cancel=self.cancel
+        )
+        self.shared[disk.uri] = connection  # pullers look here before they connect
+        self._check_size(disk, connection)
+        self._plan_with(disk, connection, connection)
+
+    @staticmethod
+    def _check_size(disk: DiskPull, connection: Connection) -> None:
+        if connection.size != disk.size:
+            raise NbdError(
+                f"export of disk '{disk.name}' has {connection.size} bytes, expected {disk.size};"
+                " the disk was resized just now, or --nbd-address names another server: try again"
+            )
+
+    def _plan_with(self, disk: DiskPull, connection: Connection, second: Connection) -> None:
+        """Plan with a connection for ``base:allocation`` and one for what changed."""
+
+        def allocation(*, strict: bool) -> StatusReader | None:
+            if not connection.contexts.issuperset(_ALLOCATION):
+                return None
+            return allocation_reader(connection, strict=strict)
+
+        read = self._source(disk, connection)
+        if disk.context is None:
+            self._plan_segments(disk, None, allocation(strict=False), read)
+            return
+        lie = self._audit(disk, connection, second)
+        if lie is not None:
+            disk.lie.append(lie)
+            self._plan_segments(disk, None, allocation(strict=False), read)
+            return
+        dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
+        self._plan_segments(disk, dirty, allocation(strict=True), read)
 
     def _source(self, disk: DiskPull, connection: Connection) -> Callable[[int, int], bytes]:
         def read(offset: int, length: int) -> bytes:
@@ -300,7 +354,7 @@ class _Pull:
     def _audit(self, disk: DiskPull, connection: Connection, second: Connection) -> str | None:
         if not disk.audit or disk.parent is None or disk.context is None:
             return None
-        dirty = dirty_reader(second, disk.context)
+        dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
 
         def kinds_of(index: int) -> Kinds:
             base = index * SEGMENT
@@ -329,7 +383,7 @@ class _Pull:
         self,
         disk: DiskPull,
         dirty: StatusReader | None,
-        allocation: StatusReader,
+        allocation: StatusReader | None,
         read: Callable[[int, int], bytes],
     ) -> None:
         for index in range(segment_count(disk.size)):
@@ -364,7 +418,7 @@ class _Pull:
         try:
             while (batch := self.take()) is not None:
                 disk = batch.work.disk
-                connection = connections.get(disk.uri)
+                connection = self.shared.get(disk.uri) or connections.get(disk.uri)
                 if connection is None:
                     connection = Connection.open(disk.uri, cancel=self.cancel)
                     connections[disk.uri] = connection
@@ -479,6 +533,9 @@ async def pull(
         state = _Pull(disks, cancel, progress, None if rate is None else RateLimit(rate))
         on_start(cancel.set)
         pullers = worker_count()
-        run_all([lambda: state.plan(pullers), *[state.puller] * pullers], cancel)
+        try:
+            run_all([lambda: state.plan(pullers), *[state.puller] * pullers], cancel)
+        finally:
+            state.close()
 
     await in_thread(work)

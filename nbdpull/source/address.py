@@ -12,11 +12,21 @@ from urllib.parse import unquote, urlsplit
 
 from nbdpull.errors import UsageError
 
-__all__ = ["ImageAddress", "MonitorAddress", "SourceAddress", "parse_source"]
+__all__ = [
+    "ExportAddress",
+    "ImageAddress",
+    "MonitorAddress",
+    "SourceAddress",
+    "parse_bitmaps",
+    "parse_source",
+]
 
-_FORMS: Final = "qmp:/path/to/socket, qmp+tcp://host:port or disk:/path/to/image"
+_FORMS: Final = "qmp:/path/to/socket, qmp+tcp://host:port, disk:/path/to/image or nbd://host/export"
 _FORMATS: Final = frozenset({"qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"})
 # disk:[NAME=]PATH; a name has no slash, so that a path with '=' in it can always be written.
+_EXPORT: Final = re.compile(r"(?:([^/=:]*)=)?(nbds?(?:\+unix)?://.*)", re.DOTALL)
+# [NAME=]CONTEXT, where a bitmap's name may hold anything.
+_BITMAP: Final = re.compile(r"(?:([^:=]*)=)?(qemu:dirty-bitmap:.+)", re.DOTALL)
 _DISK: Final = re.compile(r"disk(?:\+([a-z0-9]+))?:(?:([^/=]*)=)?(.+)", re.DOTALL)
 
 
@@ -48,12 +58,25 @@ class ImageAddress:
     name: str | None
 
 
-SourceAddress = MonitorAddress | tuple[ImageAddress, ...]
-"""What a whole SOURCE names: one monitor, or the images of one VM."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportAddress:
+    """An NBD export that somebody else made.
+
+    Attributes:
+        uri: as libnbd takes it.
+        name: of the disk.
+    """
+
+    uri: str
+    name: str
+
+
+SourceAddress = MonitorAddress | tuple[ImageAddress, ...] | tuple[ExportAddress, ...]
+"""What a whole SOURCE names: one monitor, or the images of one VM, or exports of its disks."""
 
 
 def parse_source(sources: Sequence[str]) -> SourceAddress:
-    """Understand ``qmp:/path``, ``qmp:///path``, ``qmp+tcp://host:port``, or one ``disk:`` or more.
+    """Understand ``qmp:/path``, ``qmp:///path``, ``qmp+tcp://host:port``, or one ``disk:`` or NBD URI or more.
 
     Raises:
         UsageError: any other form, several monitors, two disks of one name or file.
@@ -66,10 +89,14 @@ def parse_source(sources: Sequence[str]) -> SourceAddress:
         _check_twice("disk", [image.name for image in images if image.name is not None])
         _check_twice("image", [image.path for image in images])
         return images
+    if all(map(_EXPORT.fullmatch, sources)):
+        exports = tuple(map(_export, sources))
+        _check_twice("disk", [export.name for export in exports])
+        return exports
     if len(sources) > 1:
         raise UsageError(
             f"{len(sources)} sources are given; a backup is of one VM: one monitor, or its images as"
-            " several disk:NAME=/path/to/image"
+            " several disk:NAME=/path/to/image, or its exports as several NAME=nbd://host/export"
         )
     return _monitor(sources[0])
 
@@ -95,6 +122,42 @@ def _image(source: str) -> ImageAddress:
     # Absolute: QEMU takes "json:..." and "nbd:..." as something else than a path, "/..." never. And
     # without symbolic links, so that one file has one name.
     return ImageAddress(path=str(Path(found[3]).resolve()), format=image_format, name=found[2])
+
+
+def _export(source: str) -> ExportAddress:
+    found = _EXPORT.fullmatch(source)
+    if found is None or found[1] == "":
+        raise UsageError(f"source '{source}' is not understood; expected [NAME=]nbd://host/export")
+    try:
+        named = unquote(urlsplit(found[2]).path.removeprefix("/"))
+    except ValueError as exc:
+        raise UsageError(f"source '{source}' is not a URI ({exc})") from exc
+    return ExportAddress(uri=found[2], name=found[1] or named or "disk")
+
+
+def parse_bitmaps(given: Sequence[str], exports: Sequence[ExportAddress]) -> dict[str, str]:
+    """Meta contexts by disk name, of ``[NAME=]CONTEXT``: without a name it is every disk's.
+
+    Raises:
+        UsageError: no context of a dirty bitmap, or no disk of that name.
+    """
+    names = [export.name for export in exports]
+    contexts: dict[str, str] = {}
+    for text in given:
+        found = _BITMAP.fullmatch(text)
+        if found is None:
+            raise UsageError(
+                f"bitmap '{text}' is not understood; expected [NAME=]qemu:dirty-bitmap:BITMAP"
+            )
+        if found[1] is not None and found[1] not in names:
+            raise UsageError(
+                f"bitmap '{text}' is of disk '{found[1]}', which is not among {', '.join(names)}"
+            )
+        for name in names if found[1] is None else [found[1]]:
+            if name in contexts:
+                raise UsageError(f"disk '{name}' has two bitmaps; expected one")
+            contexts[name] = found[2]
+    return contexts
 
 
 def _monitor(source: str) -> MonitorAddress:

@@ -76,12 +76,15 @@ class Disk:
         size: bytes.
         bitmaps: its dirty bitmaps, by name.
         records: whether a checkpoint can be kept on it.
+        told: meta context of a bitmap of somebody else's, who says that it holds what changed since the
+            chain's last backup (for a differential: its last full); None where bitmaps tell by themselves.
     """
 
     name: str
     size: int
     bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
     records: bool = True
+    told: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,8 @@ class DiskPlan:
     """What to freeze of one disk, one of those that the same source told.
 
     Attributes:
-        base: name of the bitmap that changes are counted from; None reads the whole disk.
+        base: name of the bitmap that changes are counted from, or the disk's `told`; None reads the
+            whole disk.
         checkpoint: name of the bitmap to start recording with; None for a copy.
     """
 
@@ -114,12 +118,14 @@ class ServedDisk:
         uri: of its export.
         context: meta context of what changed, None when the whole disk is to be read.
         whole: whether what did not change can be read too.
+        granularity: bytes of the smallest change that `context` can tell.
     """
 
     disk: Disk
     uri: str
     context: str | None
     whole: bool = True
+    granularity: int = GRANULARITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ _POLL_S: Final = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuOptions:
-    """How to freeze a point in time in a QEMU.
+    """How to freeze a point in time in a QEMU, and what is known of other sources.
 
     Attributes:
         guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
@@ -65,6 +65,7 @@ class QemuOptions:
         force: also disks whose iothread makes a disconnect dangerous.
         max_guest_delay_s: with `guest_first`, how long a guest's write may wait for the scratch before the
             backup is given up instead.
+        bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed, by whoever made the exports.
     """
 
     guest_first: bool = False
@@ -72,6 +73,7 @@ class QemuOptions:
     nbd_address: str | None = None
     scratch: str | None = None
     force: bool = False
+    bitmaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
 from nbdpull.errors import Error, PointInTimeLostError, SourceError, UsageError
 from nbdpull.model.results import GuestCost
@@ -50,32 +50,16 @@ from nbdpull.source.images import (
 )
 from nbdpull.source.names import RunNames, checkpoint_parts, run_of
 from nbdpull.source.rundir import FoundRun, RunDir, find_runs
+from nbdpull.source.whole import whole
 
 __all__ = ["OfflineSource"]
 
 log = logging.getLogger(__name__)
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
 _QCOW2_MAGIC: Final = b"QFI\xfb"
 _NAMED: Final = {".qcow2": "qcow2", ".raw": "raw"} | {
     f".{name}": name for name in ("vmdk", "vdi", "vhdx", "qed")
 }
-
-
-async def _whole(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """What `function` returns or raises, run in a thread; when cancelled, its end is waited for."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    if cancelled is not None:
-        raise cancelled
-    return task.result()
 
 
 def _format_of(address: ImageAddress) -> str:
@@ -130,7 +114,7 @@ class OfflineSource:
     async def _look(self) -> Sequence[tuple[ImageAddress, Image, Sequence[KnownDisk]]]:
         if not self._found:
             for address in self._addresses:
-                image = await _whole(look, address.path, _format_of(address))
+                image = await whole(look, address.path, _format_of(address))
                 known = [disk for disk in self._known(image.bitmaps) if disk.size == image.size]
                 self._found.append((address, image, known))
         return self._found
@@ -224,7 +208,7 @@ class OfflineSource:
             ]
             # The marker last: as long as it is there, a clean-up that is killed is done again.
             for name in (*pending, *markers):
-                await _whole(remove_bitmap, image.path, name)
+                await whole(remove_bitmap, image.path, name)
                 swept.removed.append(f"bitmap {name} of {image.path}")
 
     @asynccontextmanager
@@ -305,7 +289,7 @@ class _OfflinePointInTime:
             if plan.checkpoint is not None and disk.records:
                 for name, recording in ((self._marker, False), (plan.checkpoint, True)):
                     self._made.append((path, name))
-                    await _whole(add_bitmap, path, name, recording=recording)
+                    await whole(add_bitmap, path, name, recording=recording)
             self._stats[path] = _stamp(path)
 
     async def serve(self, stack: AsyncExitStack, rundir: RunDir) -> None:
@@ -322,15 +306,15 @@ class _OfflinePointInTime:
         served = []
         for index, (plan, disk) in enumerate(self._plans):
             path = disk.image.path
-            now = await _whole(look, path, disk.image.format)
+            now = await whole(look, path, disk.image.format)
             if self._stats[path] != _stamp(path) or not _unchanged(disk.image, now, plan):
                 raise SourceError(
                     f"image '{path}' was changed while the backup began; if its VM was started, back it"
                     " up through its monitor (qmp:), else try again"
                 )
             server = ImageServer(disk.image, rundir.path / f"nbd{index}", bitmap=plan.base)
-            stack.push_async_callback(_whole, server.close)
-            await _whole(server.start)
+            stack.push_async_callback(whole, server.close)
+            await whole(server.start)
             context = None if plan.base is None else f"qemu:dirty-bitmap:{plan.base}"
             served.append(ServedDisk(disk=plan.disk, uri=server.uri, context=context))
         self.disks = tuple(served)
@@ -339,7 +323,7 @@ class _OfflinePointInTime:
         problems = []
         for path, name in doomed:
             try:
-                await _whole(remove_bitmap, path, name)
+                await whole(remove_bitmap, path, name)
             except Error as exc:
                 problems.append(f"bitmap '{name}' stays in '{path}': {exc}")
         return tuple(problems)

@@ -7,8 +7,16 @@ from contextlib import asynccontextmanager
 
 from nbdpull.errors import UsageError
 from nbdpull.nbdio.connection import check_uri
-from nbdpull.source.address import MonitorAddress, SourceAddress, parse_source
+from nbdpull.source.address import (
+    ExportAddress,
+    ImageAddress,
+    MonitorAddress,
+    SourceAddress,
+    parse_bitmaps,
+    parse_source,
+)
 from nbdpull.source.base import Known, Source
+from nbdpull.source.exports import ExportSource
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.offline import OfflineSource
 from nbdpull.source.qemu import QemuSource
@@ -24,6 +32,17 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
         UsageError: they can't be, or the options are for another kind of source.
     """
     address = parse_source(sources)
+    exports = (
+        [one for one in address if isinstance(one, ExportAddress)]
+        if isinstance(address, tuple)
+        else []
+    )
+    if qemu.bitmaps and not exports:
+        raise UsageError(
+            f"--bitmap is about NBD exports, and the source is '{sources[0]}'; leave it out, bitmaps are"
+            " found there"
+        )
+    parse_bitmaps(qemu.bitmaps, exports)
     if not isinstance(address, MonitorAddress):
         for option, given in (
             ("--guest-first", qemu.guest_first),
@@ -62,7 +81,12 @@ async def open_source(
             finally:
                 await source.close()
         return
-    offline = OfflineSource(address, scratch=qemu.scratch, known=known)
+    exports = [one for one in address if isinstance(one, ExportAddress)]
+    if exports:
+        yield ExportSource(exports, parse_bitmaps(qemu.bitmaps, exports))
+        return
+    images = [one for one in address if isinstance(one, ImageAddress)]
+    offline = OfflineSource(images, scratch=qemu.scratch, known=known)
     try:
         yield offline
     finally:

@@ -47,7 +47,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     line = (
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
         " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
-        " --rate 1.5M --max-guest-delay 7 --audit 9"
+        " --rate 1.5M --max-guest-delay 7 --audit 9 --bitmap a=qemu:dirty-bitmap:b --since 12"
         " --tag gold --tag old -q"
     )
     assert cli(*line.split()).exit_code == 0
@@ -68,6 +68,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "rate": 3 << 19,
                 "max_guest_delay_s": 7,
                 "audit": 9,
+                "bitmaps": ("a=qemu:dirty-bitmap:b",),
+                "since": "12",
                 "tags": ("gold", "old"),
                 "progress": None,
             },

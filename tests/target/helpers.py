@@ -24,6 +24,15 @@ def wait_for_socket(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until somebody, hopefully `process`, listens on the TCP port; without a connection to it."""
+    deadline = time.monotonic() + 10
+    while f":{port:04X} 00000000:0000 0A" not in Path("/proc/net/tcp").read_text(encoding="ascii"):
+        assert process.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.01)
+
+
 def _listens(path: Path) -> bool:
     """The file is there before anybody listens; /proc/net/unix has 0x10000 (SO_ACCEPTCON) for who does."""
     table = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
