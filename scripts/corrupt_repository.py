@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -24,6 +25,29 @@ from tests.repo.helpers import small_history
 from tests.support.corrupting import Counts, cases, objects, try_case
 
 
+def prepare(root: Path, keep: Path | None, *, encrypted: bool) -> dict[str, bytes]:
+    """Make the repository, or take the one that an earlier run kept; what each backup holds."""
+    if encrypted:
+        os.environ["NBDPULL_PASSWORD"] = "secret"  # noqa: S105
+    if keep is not None and keep.exists():
+        shutil.copytree(keep / "repo", root)
+        return {path.name: path.read_bytes() for path in (keep / "contents").iterdir()}
+    # A password that costs nothing: it goes through the key's derivation once a case.
+    kdf = Kdf(KdfName.ARGON2ID, 8, 1, 1)
+    Repository.create(str(root), password=b"secret" if encrypted else None, kdf=kdf)
+    history = small_history(Repository.open(str(root), write=True))
+    contents = {
+        str(manifest.summary.backup): content
+        for manifest, content in zip(history.manifests, history.contents, strict=True)
+    }
+    if keep is not None:
+        shutil.copytree(root, keep / "repo")
+        (keep / "contents").mkdir()
+        for backup, content in contents.items():
+            (keep / "contents" / backup).write_bytes(content)
+    return contents
+
+
 def main() -> int:
     """Run it; the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/corrupt", description=__doc__)
@@ -31,26 +55,18 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000, help="at most (1000)")
     parser.add_argument("--encrypted", action="store_true", help="an encrypted repository")
     parser.add_argument("--skip", type=int, default=0, help="go on where an earlier run ended")
+    parser.add_argument("--keep", type=Path, help="folder to keep the repository in for later runs")
     parser.add_argument("--seconds", type=float, help="end after so long")
     options = parser.parse_args()
     began = time.monotonic()
     logging.disable()
-    setattr(push, "worker_count", lambda: 1)  # noqa: B010 - threads take longer than these restores
+    # Starting threads takes longer than these restores.
+    setattr(push, "run_all", lambda workers, _cancel: workers[0]())  # noqa: B010
     counts = Counts()
     # In memory: files are written some hundred thousand times.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         root = Path(folder) / "repo"
-        password = None
-        if options.encrypted:
-            # A password that costs nothing: it goes through the key's derivation once a restore.
-            password = b"secret"
-            os.environ["NBDPULL_PASSWORD"] = password.decode()
-        Repository.create(str(root), password=password, kdf=Kdf(KdfName.ARGON2ID, 8, 1, 1))
-        history = small_history(Repository.open(str(root), write=True))
-        contents: dict[str, bytes] = {
-            str(manifest.summary.backup): content
-            for manifest, content in zip(history.manifests, history.contents, strict=True)
-        }
+        contents = prepare(root, options.keep, encrypted=options.encrypted)
         stored = objects(root)
         every = cases(stored, random.Random(options.seed))  # noqa: S311
         for case in itertools.islice(every, options.skip, options.skip + options.cases):

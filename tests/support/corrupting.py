@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdpull.errors import Error
+from nbdpull.model.ids import BackupId
+from nbdpull.model.manifest import Summary
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.push import DiskPush, push
 from nbdpull.repo.repository import Repository
@@ -62,7 +64,9 @@ class _Truth:
         return len(data)
 
     def zero(self, offset: int, length: int) -> None:
-        if any(self._content[offset : offset + length]):
+        if self._content.count(0, offset, offset + length) != min(
+            length, len(self._content) - offset
+        ):
             self.wrong.append((offset, length))
         self.covered += length
 
@@ -119,11 +123,11 @@ def cases(stored: Mapping[str, bytes], rng: random.Random) -> Iterator[Case]:
         yield Case(f"{what} {key} {at}", {key: changed})
 
 
-def _restore(repository: Repository, backup: str, disk: str, content: bytes) -> str:
+def _restore(repository: Repository, summary: Summary, content: bytes) -> str:
     """``right``, ``loud``, or what was wrong."""
     target = _Truth(content)
+    disk = summary.disk
     try:
-        summary = repository.find(backup).disks[0]
         manifest = repository.manifest(summary)
         one = DiskPush(
             name=disk,
@@ -149,13 +153,16 @@ def try_case(root: Path, case: Case, contents: Mapping[str, bytes], counts: Coun
             (root / key).write_bytes(raw)
     try:
         counts.cases += 1
+        try:
+            repository = Repository.open(str(root))
+            found = {one.id: one.disks[0] for one in repository.backups()}
+        except Error:
+            counts.loud += len(contents)
+            return
         for backup, content in contents.items():
-            try:
-                repository = Repository.open(str(root))
-            except Error:
-                counts.loud += 1
-                continue
-            result = _restore(repository, backup, "vda", content)
+            result = "loud"  # not listed: its manifest is told to be damaged
+            if BackupId(backup) in found:
+                result = _restore(repository, found[BackupId(backup)], content)
             if result == "right":
                 counts.right += 1
             elif result == "loud":
