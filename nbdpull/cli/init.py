@@ -34,5 +34,8 @@ def command(console: Console, repository: str, encrypt: bool) -> int:
     for warning in result.warnings:
         console.warning(warning)
     kind = "encrypted repository" if result.encrypted else "repository"
-    console.result(result, lambda: f"created {kind} {result.id} in {one_line(result.repository)}")
+    note = "\nkeep a recovery key in a safe place: 'nbdpull key export FILE'" if encrypt else ""
+    console.result(
+        result, lambda: f"created {kind} {result.id} in {one_line(result.repository)}{note}"
+    )
     return EXIT_WARNINGS if result.warnings else 0

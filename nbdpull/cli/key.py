@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import click
@@ -20,8 +21,27 @@ _label_option = click.option(
 )
 
 
+class _Group(click.Group):
+    """Says in one line what was probably meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begin with."""
+        name = args[0]
+        if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name) is not None:
+            return super().resolve_command(ctx, args)
+        names = self.list_commands(ctx)
+        close = difflib.get_close_matches(name, names)
+        meant = f"did you mean '{close[0]}'" if close else f"expected one of {', '.join(names)}"
+        raise click.UsageError(f"there is no command 'key {name}'; {meant}", ctx)
+
+
 @click.group(
-    "key", short_help="Manage the keys of an encrypted repository.", invoke_without_command=True
+    "key",
+    cls=_Group,
+    short_help="Manage the keys of an encrypted repository.",
+    invoke_without_command=True,
 )
 @click.pass_context
 def command(context: click.Context) -> int:

@@ -133,14 +133,17 @@ class Slots:
                 f"repository {self.location} is encrypted and no key is given; set"
                 " NBDPULL_PASSWORD_FILE, NBDPULL_PASSWORD_COMMAND, NBDPULL_PASSWORD or NBDPULL_KEY_FILE"
             )
+        damaged: DamagedError | None = None
         for slot in slots:
             try:
                 ring = slot.open(password)
             except WrongKeyError:
                 continue
             except FormatError as exc:
+                # Another slot may have the same password; and anybody can put a changed copy there.
                 key = f"{_PREFIX}/{slot.kid}"
-                raise DamagedError(f"key slot {key} is damaged: {exc}", key=key) from exc
+                damaged = DamagedError(f"key slot {key} is damaged: {exc}", key=key)
+                continue
             if slot.generation < slots[0].generation:
                 _log.warning(
                     "this password opens generation %d of the keys, the newest is %d: backups made"
@@ -149,6 +152,8 @@ class Slots:
                     slots[0].generation,
                 )
             return ring
+        if damaged is not None:
+            raise damaged
         raise WrongKeyError(
             f"the password opens none of the key slots of repository {self.location}"
         )

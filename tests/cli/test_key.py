@@ -224,6 +224,17 @@ def test_no_secret_is_logged(cli: Cli, repo: Path, tmp_path: Path) -> None:
     assert [secret for secret in secrets if secret in seen] == []
 
 
+def test_a_mistyped_command_is_one_line_and_2(cli: Cli) -> None:
+    done = cli("key", "lst")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "nbdpull: there is no command 'key lst'; did you mean 'list'; see 'nbdpull key --help'\n"
+    )
+    alone = cli("key")
+    assert (alone.exit_code, alone.stdout) == (2, "")
+    assert "export" in alone.stderr
+
+
 # -- at a terminal ---------------------------------------------------------------------------------
 
 

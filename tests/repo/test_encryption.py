@@ -242,6 +242,25 @@ def test_a_damaged_slot_leaves_the_others_usable(tmp_path: Path) -> None:
     Repository.open(str(root), keys=KEYS)
 
 
+def test_a_changed_copy_of_a_slot_does_not_hide_the_slot(tmp_path: Path) -> None:
+    root = tmp_path / "repo"
+    encrypted(root)
+    (path,) = (root / "key").iterdir()
+    fields = json.loads(path.read_bytes()) | {"generation": 9}
+    (root / "key" / ("f" * 32)).write_text(json.dumps(fields, indent=2) + "\n")
+    Repository.open(str(root), keys=KEYS)
+
+
+def test_what_a_killed_init_left_is_no_obstacle_and_no_key(tmp_path: Path) -> None:
+    root = tmp_path / "repo"
+    encrypted(root)
+    (root / "nbdpull.json").unlink()
+    repository = encrypted(root)
+    assert len(list((root / "key").iterdir())) == 2
+    assert len(Slots(repository._store, repository.id, "").find()) == 1
+    Repository.open(str(root), keys=KEYS)
+
+
 # -- a store that is not honest --------------------------------------------------------------------
 
 
