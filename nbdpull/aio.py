@@ -107,6 +107,8 @@ async def backup(
     audit: int | None = None,
     bitmaps: Sequence[str] = (),
     since: str | None = None,
+    quiesce: bool = False,
+    agent: str | os.PathLike[str] | None = None,
     tags: Sequence[str] = (),
     keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
@@ -135,6 +137,9 @@ async def backup(
         bitmaps: of NBD exports, ``[NAME=]qemu:dirty-bitmap:BITMAP``: it is believed to hold what changed
             since the chain's last backup, for a differential since its last full.
         since: id, or its beginning, of the backup that `bitmaps` count from; refused when it is another.
+        quiesce: let the guest's agent (qemu-ga) freeze the guest's file systems at the point in time, for
+            milliseconds. Without it a backup is what a power cut would leave.
+        agent: the unix socket of the agent's port, for `quiesce`; None asks QEMU for it.
         audit: of each disk that is not read in full, how many frames that the bitmap calls clean, and how many
             zeroes, are read again and compared with the repository (default 4; 0 is none). One that differs
             makes the disk a full and is a warning. Not possible with `guest_first`.
@@ -163,6 +168,10 @@ async def backup(
         )
     if max_guest_delay_s is not None and max_guest_delay_s not in _GUEST_DELAYS_S:
         raise UsageError(f"the guest's longest delay is {max_guest_delay_s} s; expected 1 to 3600")
+    if agent is not None and not quiesce:
+        raise UsageError(
+            "an agent's socket is given, and not to quiesce the guest: nothing asks it"
+        )
     if audit is not None and audit < 0:
         raise UsageError(f"audit is {audit}; expected how many frames to look at, 0 or more")
     wanted = _level(level)
@@ -193,6 +202,8 @@ async def backup(
         audit=op.AUDIT if audit is None else audit,
         bitmaps=_names("bitmaps", bitmaps),
         since=since,
+        quiesce=quiesce,
+        agent=None if agent is None else os.fspath(agent),
         tags=tags,
         keys=keys,
     )

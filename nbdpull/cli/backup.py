@@ -112,6 +112,16 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
     metavar="TAG",
     help="A word to find it by, for 'forget --keep-tag'; repeatable.",
 )
+@click.option(
+    "--quiesce",
+    is_flag=True,
+    help="Let the guest's agent (qemu-ga) freeze the guest's file systems at the point in time.",
+)
+@click.option(
+    "--agent",
+    metavar="SOCKET",
+    help="The agent's unix socket, for --quiesce; by default QEMU is asked.",
+)
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -132,6 +142,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     bitmap: tuple[str, ...],
     since: str | None,
     audit: int | None,
+    quiesce: bool,
+    agent: str | None,
     tags: tuple[str, ...],
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
@@ -165,6 +177,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             bitmaps=bitmap,
             since=since,
             audit=audit,
+            quiesce=quiesce,
+            agent=agent,
             tags=tags,
             keys=keys_of_user(),
             progress=progress,

@@ -27,6 +27,7 @@ __all__ = [
     "ProgressCallback",
     "ProgressKind",
     "ProtectResult",
+    "Quiesced",
     "RepackResult",
     "RestoreResult",
     "RestoredDisk",
@@ -121,11 +122,27 @@ class GuestCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quiesced:
+    """What the guest's agent froze for the point in time.
+
+    Attributes:
+        filesystems: how many.
+        mountpoints: what was mounted, where the agent tells it.
+        frozen_s: from the command to freeze to the thaw.
+    """
+
+    filesystems: int
+    mountpoints: tuple[str, ...]
+    frozen_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackupResult:
     """A committed backup.
 
     Attributes:
         cost: what it cost the guest; None where there was none to disturb.
+        quiesced: what the guest's agent froze, None when it was not asked to.
         warnings: things that went wrong without harming it.
     """
 
@@ -138,6 +155,7 @@ class BackupResult:
     duration_s: float
     disks: tuple[DiskInfo, ...]
     cost: GuestCost | None = None
+    quiesced: Quiesced | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -40,6 +40,7 @@ from nbdpull.model.results import (
     Progress,
     ProgressCallback,
     ProgressKind,
+    Quiesced,
 )
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.heal import Healer, lost_segments
@@ -87,6 +88,8 @@ class BackupOptions:
         bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed since the chain's last backup (for a
             differential: last full), by whoever made them.
         since: id, or its beginning, of the backup that `bitmaps` count from; any other is refused.
+        quiesce: the guest's agent freezes its file systems at the point in time.
+        agent: the agent's socket; None asks QEMU for it.
         audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
         tags: words to find it by, for `forget --keep-tag`.
         keys: what opens an encrypted repository; None looks in the environment.
@@ -109,6 +112,8 @@ class BackupOptions:
     audit: int = AUDIT
     bitmaps: tuple[str, ...] = ()
     since: str | None = None
+    quiesce: bool = False
+    agent: str | None = None
     tags: tuple[str, ...] = ()
     keys: KeySource | None = None
 
@@ -309,6 +314,8 @@ async def backup(
         nbd_address=options.nbd_address,
         scratch=options.scratch,
         force=options.force,
+        quiesce=options.quiesce,
+        agent=options.agent,
         max_guest_delay_s=options.max_guest_delay_s,
         bitmaps=options.bitmaps,
     )
@@ -414,7 +421,9 @@ class _Run:
                 await self._give_up(frozen)
             raise
         warnings = await frozen.confirm(self._obsolete())
-        return self._result(summaries, began, duration_s, frozen.cost, (*lies, *warnings))
+        return self._result(
+            summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
+        )
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
@@ -575,6 +584,7 @@ class _Run:
         began: float,
         duration_s: float,
         cost: GuestCost | None,
+        quiesced: Quiesced | None,
         warnings: tuple[str, ...],
     ) -> BackupResult:
         return BackupResult(
@@ -599,5 +609,6 @@ class _Run:
                 for summary in summaries
             ),
             cost=cost,
+            quiesced=quiesced,
             warnings=warnings,
         )

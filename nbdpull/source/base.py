@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from nbdpull.errors import PointInTimeLostError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.results import GuestCost
+from nbdpull.model.results import GuestCost, Quiesced
 
 __all__ = [
     "GRANULARITY",
@@ -166,11 +166,13 @@ class PointInTime(Protocol):
         disks: in the order of the plans.
         lost: set once, with the reason, when the view can't be read any more.
         cost: what it cost the guest, known when the view has ended; None where there is no guest.
+        quiesced: what the guest's agent froze for it, None when it was not asked to.
     """
 
     disks: tuple[ServedDisk, ...]
     lost: PointInTimeLostError | None
     cost: GuestCost | None
+    quiesced: Quiesced | None
 
     async def why_lost(self) -> PointInTimeLostError | None:
         """After a read failed: whether that is because the view broke, and why."""

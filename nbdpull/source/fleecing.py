@@ -35,11 +35,12 @@ from nbdpull.errors import (
     ScratchFullError,
     SourceError,
 )
-from nbdpull.model.results import GuestCost
+from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
+from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.rundir import RunDir
 from nbdpull.source.scratch import ScratchGuard
 
@@ -63,12 +64,16 @@ class QemuOptions:
         nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
         scratch: folder for scratch images; None for the system's temporary one.
         force: also disks whose iothread makes a disconnect dangerous.
+        quiesce: the guest's agent freezes its file systems at the point in time.
+        agent: the agent's socket; None asks QEMU for it.
         max_guest_delay_s: with `guest_first`, how long a guest's write may wait for the scratch before the
             backup is given up instead.
         bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed, by whoever made the exports.
     """
 
     guest_first: bool = False
+    quiesce: bool = False
+    agent: str | None = None
     max_guest_delay_s: int = GUEST_DELAY_S
     nbd_address: str | None = None
     scratch: str | None = None
@@ -112,6 +117,7 @@ class QemuPointInTime:
         self.disks: tuple[ServedDisk, ...] = ()
         self.lost: PointInTimeLostError | None = None
         self.cost: GuestCost | None = None
+        self.quiesced: Quiesced | None = None
 
     # -- making it ---------------------------------------------------------------------------------
 
@@ -176,6 +182,16 @@ class QemuPointInTime:
                     " folder that QEMU may use with --scratch)"
                 ) from exc
             self._push_delete(node)
+
+    async def _freeze(self) -> None:
+        step = self._freeze_guest_first if self._options.guest_first else self._freeze_by_job
+        if not self._options.quiesce:
+            await step()
+            return
+        agent = self._options.agent or await find_agent(self._monitor)
+        async with quiesced(agent) as guest:
+            await step()
+        self.quiesced = guest.result
 
     async def _freeze_by_job(self) -> None:
         """Mode B: bitmaps and backup jobs of all disks in one transaction."""
@@ -485,10 +501,7 @@ async def freeze(
     try:
         try:
             await frozen._add_scratch()  # noqa: SLF001
-            if options.guest_first:
-                await frozen._freeze_guest_first()  # noqa: SLF001
-            else:
-                await frozen._freeze_by_job()  # noqa: SLF001
+            await frozen._freeze()  # noqa: SLF001
             await frozen._serve(uri_of)  # noqa: SLF001
         except BaseException:
             await frozen.release()

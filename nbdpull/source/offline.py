@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdpull.errors import Error, PointInTimeLostError, SourceError, UsageError
-from nbdpull.model.results import GuestCost
+from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.source.address import ImageAddress
 from nbdpull.source.base import (
     Committed,
@@ -277,6 +277,7 @@ class _OfflinePointInTime:
         self.disks: tuple[ServedDisk, ...] = ()
         self.lost: PointInTimeLostError | None = None
         self.cost: GuestCost | None = None
+        self.quiesced: Quiesced | None = None
 
     async def why_lost(self) -> PointInTimeLostError | None:
         """See `PointInTime.why_lost`."""

@@ -47,6 +47,7 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
         for option, given in (
             ("--guest-first", qemu.guest_first),
             ("--nbd-address", qemu.nbd_address is not None),
+            ("--quiesce", qemu.quiesce),
         ):
             if given:
                 raise UsageError(

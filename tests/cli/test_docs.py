@@ -51,6 +51,7 @@ def test_every_exit_code_is_documented() -> None:
         ("nbdpull backup", nbdpull.BackupResult),
         ("nbdpull backup", nbdpull.DiskInfo),
         ("nbdpull backup", nbdpull.GuestCost),
+        ("nbdpull backup", nbdpull.Quiesced),
         ("nbdpull restore", nbdpull.RestoreResult),
         ("nbdpull restore", nbdpull.RestoredDisk),
         ("nbdpull verify", nbdpull.VerifyResult),

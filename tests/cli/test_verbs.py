@@ -48,6 +48,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
         " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
         " --rate 1.5M --max-guest-delay 7 --audit 9 --bitmap a=qemu:dirty-bitmap:b --since 12"
+        " --quiesce --agent /a"
         " --tag gold --tag old -q"
     )
     assert cli(*line.split()).exit_code == 0
@@ -70,6 +71,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "audit": 9,
                 "bitmaps": ("a=qemu:dirty-bitmap:b",),
                 "since": "12",
+                "quiesce": True,
+                "agent": "/a",
                 "tags": ("gold", "old"),
                 "progress": None,
             },
@@ -135,6 +138,7 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
                 },
             ],
             "cost": None,
+            "quiesced": None,
             "warnings": [],
         }
 

@@ -38,7 +38,15 @@ def initramfs() -> bytes:
         ("bin/sh", 0o120777, b"busybox"),
         ("init", 0o100755, _INIT.read_bytes()),
     ]
-    modules = sorted((cache_folder() / "linux-guest" / "modules").glob("*.ko"))
+    agent = cache_folder() / "linux-guest-2" / "qemu-ga"
+    files.append(("bin/qemu-ga", 0o100755, agent.read_bytes()))
+    # Built for this Debian: it finds its libraries where they are here.
+    linked = run(["ldd", agent]).stdout
+    libraries = [Path(path) for path in re.findall(r"(/\S+) \(0x", linked)]
+    folders = {parent for path in libraries for parent in path.parents if parent.name}
+    files += [(str(folder)[1:], 0o040755, b"") for folder in sorted(folders)]
+    files += [(str(path)[1:], 0o100755, path.read_bytes()) for path in libraries]
+    modules = sorted((cache_folder() / "linux-guest-2" / "modules").glob("*.ko"))
     files += [(f"modules/{module.name}", 0o100644, module.read_bytes()) for module in modules]
     out = bytearray()
     for number, (name, mode, data) in enumerate([*files, ("TRAILER!!!", 0, b"")], 1):
@@ -91,7 +99,7 @@ class LinuxGuest(Vm):
         image.write_bytes(initramfs())
         self._console_path = self.folder / "console"
         self._arguments = [
-            *("-kernel", str(cache_folder() / "linux-guest" / "vmlinuz")),
+            *("-kernel", str(cache_folder() / "linux-guest-2" / "vmlinuz")),
             *("-initrd", str(image), "-append", "console=ttyS0 quiet panic=-1"),
             *("-chardev", f"socket,id=console,path={self._console_path},server=on,wait=on"),
             *("-serial", "chardev:console", "-no-reboot"),
