@@ -28,7 +28,7 @@ GIB = 1 << 30
 # Asks as the product does, and never takes an answer off its sockets.
 CLIENT = """
 import os, signal, sys
-from nbdpull.nbdio.connection import Connection, MAX_REQUEST
+from nbdpull.nbdio.connection import Connection
 from nbdpull.nbdio.status import allocation_reader, dirty_reader
 
 uri, dirty = sys.argv[1:]
@@ -45,7 +45,7 @@ def issue(work):
         return
     raise SystemExit("it was answered")
 
-kept = [bytearray(MAX_REQUEST) for _ in range(4)]
+kept = [bytearray(1 << 20) for _ in range(4)]
 readers = [no_answer(Connection.open(uri)) for _ in kept]
 for reader, buffer in zip(readers, kept):
     issue(lambda: reader.read_into(memoryview(buffer), 0))
