@@ -21,6 +21,8 @@ from nbdpull.model.results import (
     BackupInfo,
     BackupResult,
     CleanupResult,
+    DoctorResult,
+    EstimateResult,
     ForgetResult,
     GcResult,
     InitResult,
@@ -39,6 +41,8 @@ from nbdpull.model.retention import Policy
 __all__ = [
     "backup",
     "cleanup",
+    "doctor",
+    "estimate",
     "forget",
     "gc",
     "init",
@@ -641,6 +645,96 @@ async def repack(
         repository=os.fspath(repository), vm=vm, ratio=ratio, dry_run=dry_run, keys=keys
     )
     return await op.repack(options, progress=progress)
+
+
+async def estimate(
+    source: str | Sequence[str],
+    repository: str | os.PathLike[str],
+    *,
+    level: Level | Literal["auto", "full", "incremental", "differential", "copy"] = "auto",
+    vm: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    chain: str = "default",
+    keys: KeySource | None = None,
+) -> EstimateResult:
+    """Tell what a backup would read now; nothing is changed anywhere.
+
+    Args:
+        source: as for `backup`.
+        repository: where its earlier backups are.
+        level: as for `backup`.
+        vm: as for `backup`.
+        include: as for `backup`.
+        exclude: as for `backup`.
+        chain: as for `backup`.
+        keys: as for `backup`.
+
+    Raises:
+        UsageError: the arguments can't be.
+        InUseError: the monitor is in use.
+        RepositoryNotFoundError: there is no repository.
+        SourceError: QEMU can't be reached.
+    """
+    include = _names("include", include)
+    exclude = _names("exclude", exclude)
+    from nbdpull.ops import estimate as op
+
+    options = op.EstimateOptions(
+        source=_sources(source),
+        repository=os.fspath(repository),
+        level=_level(level),
+        vm=vm,
+        include=include,
+        exclude=exclude,
+        chain=chain,
+        keys=keys,
+    )
+    return await op.estimate(options)
+
+
+async def doctor(
+    source: str | Sequence[str],
+    repository: str | os.PathLike[str] | None = None,
+    *,
+    vm: str | None = None,
+    chain: str = "default",
+    guest_first: bool = False,
+    nbd_address: str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    keys: KeySource | None = None,
+) -> DoctorResult:
+    """Tell what a backup would stumble over, before it does.
+
+    Args:
+        source: as for `backup`.
+        repository: where it would go; None looks at the source only.
+        vm: as for `backup`.
+        chain: as for `backup`.
+        guest_first: as for `backup`.
+        nbd_address: as for `backup`.
+        scratch: as for `backup`.
+        keys: as for `backup`.
+
+    Returns:
+        What was found. That the source or the repository can't be reached is a finding, not an error.
+
+    Raises:
+        UsageError: the arguments can't be.
+    """
+    from nbdpull.ops import doctor as op
+
+    options = op.DoctorOptions(
+        source=_sources(source),
+        repository=None if repository is None else os.fspath(repository),
+        vm=vm,
+        chain=chain,
+        guest_first=guest_first,
+        nbd_address=nbd_address,
+        scratch=None if scratch is None else os.fspath(scratch),
+        keys=keys,
+    )
+    return await op.doctor(options)
 
 
 def _level(level: str) -> Level | None:

@@ -26,6 +26,8 @@ __all__ = [
     "backup",
     "cancellable",
     "cleanup",
+    "doctor",
+    "estimate",
     "forget",
     "gc",
     "init",
@@ -203,3 +205,7 @@ key_remove = _blocking(aio.key_remove)
 key_rotate = _blocking(aio.key_rotate)
 key_export = _blocking(aio.key_export)
 key_import = _blocking(aio.key_import)
+
+
+estimate = _blocking(aio.estimate)
+doctor = _blocking(aio.doctor)

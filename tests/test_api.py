@@ -27,6 +27,7 @@ VERBS = (
     *("backup", "cleanup", "forget", "gc", "init", "list_backups", "protect", "repack", "restore"),
     *("show", "undo", "unprotect", "verify"),
     *("key_add", "key_export", "key_import", "key_list", "key_remove", "key_rotate"),
+    *("doctor", "estimate"),
 )
 
 

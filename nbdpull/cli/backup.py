@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import click
 
@@ -16,10 +17,29 @@ from nbdpull.cli.tables import disk_table
 from nbdpull.model.results import BackupResult
 from nbdpull.units import format_duration
 
-__all__ = ["command"]
+__all__ = ["LEVELS", "Level", "chain_option", "command", "full_level"]
 
 _ALIASES = {"inc": "incremental", "diff": "differential"}
-_Level = Literal["auto", "full", "incremental", "differential", "copy"]
+Level = Literal["auto", "full", "incremental", "differential", "copy"]
+
+LEVELS = ("auto", "full", "incremental", "inc", "differential", "diff", "copy")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def full_level(level: str) -> str:
+    """A level by its full name."""
+    return _ALIASES.get(level, level)
+
+
+def chain_option(function: _F) -> _F:
+    """``--chain``."""
+    return click.option(
+        "--chain",
+        default="default",
+        show_default=True,
+        metavar="NAME",
+        help="The chain to go on with. Chains of one VM don't disturb each other.",
+    )(function)
 
 
 @click.command("backup", short_help="Back up a VM.")
@@ -28,10 +48,7 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
 @click.option(
     "-l",
     "--level",
-    type=click.Choice(
-        ["auto", "full", "incremental", "inc", "differential", "diff", "copy"],
-        case_sensitive=False,
-    ),
+    type=click.Choice(LEVELS, case_sensitive=False),
     default="auto",
     metavar="LEVEL",
     help="What to read: everything (full), what changed since the chain's last backup (incremental,"
@@ -40,13 +57,7 @@ _Level = Literal["auto", "full", "incremental", "differential", "copy"]
 )
 @click.option("-i", "--include", multiple=True, metavar="DISK", help="Only this disk; repeatable.")
 @click.option("-x", "--exclude", multiple=True, metavar="DISK", help="Not this disk; repeatable.")
-@click.option(
-    "--chain",
-    default="default",
-    show_default=True,
-    metavar="NAME",
-    help="The chain to go on with. Chains of one VM don't disturb each other.",
-)
+@chain_option
 @click.option(
     "--vm",
     metavar="NAME",
@@ -162,7 +173,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
         result = api.backup(
             source,
             repository,
-            level=cast("_Level", _ALIASES.get(level, level)),
+            level=cast("Level", full_level(level)),
             vm=vm,
             include=include,
             exclude=exclude,

@@ -34,6 +34,8 @@ _VERBS = (
     "gc",
     "repack",
     "key",
+    "estimate",
+    "doctor",
 )
 _EXIT_SIGNAL = 128
 

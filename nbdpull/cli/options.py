@@ -47,7 +47,9 @@ def _given(context: click.Context, _parameter: click.Parameter, value: str | Non
     return value
 
 
-def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
+def repository_option(
+    *, needed: bool = True, text: str = "A repository whose backups' checkpoints are to stay."
+) -> Callable[[_F], _F]:
     """``-r/--repository``."""
     return click.option(
         "-r",
@@ -56,9 +58,7 @@ def repository_option(*, needed: bool = True) -> Callable[[_F], _F]:
         show_envvar=True,
         metavar="REPO",
         callback=_given if needed else None,
-        help="The repository: a folder, or s3://, gs:// or az://BUCKET/PREFIX."
-        if needed
-        else "A repository whose backups' checkpoints are to stay.",
+        help="The repository: a folder, or s3://, gs:// or az://BUCKET/PREFIX." if needed else text,
     )
 
 

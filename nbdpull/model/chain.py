@@ -20,12 +20,13 @@ class BitmapState:
     """A dirty bitmap as QEMU describes it (QAPI ``BlockDirtyInfo``).
 
     Attributes:
+        count: bytes that it calls dirty, in whole grains; None where that is not told.
         inconsistent: QEMU was killed while it was in use; its content is lost.
     """
 
     name: str
     granularity: int
-    count: int = 0
+    count: int | None = None
     recording: bool
     busy: bool
     persistent: bool

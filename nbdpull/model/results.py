@@ -14,7 +14,12 @@ __all__ = [
     "BackupResult",
     "CleanupResult",
     "Damage",
+    "DiskEstimate",
     "DiskInfo",
+    "DoctorResult",
+    "EstimateResult",
+    "Finding",
+    "FindingKind",
     "ForgetResult",
     "Forgotten",
     "GcResult",
@@ -157,6 +162,60 @@ class BackupResult:
     cost: GuestCost | None = None
     quiesced: Quiesced | None = None
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskEstimate:
+    """What a backup would read of one disk.
+
+    Attributes:
+        changed_bytes: what its bitmap holds now; of a full what the image's data takes. None where that is
+            not known before the backup.
+    """
+
+    name: str
+    size: int
+    level: Level
+    reason: str
+    changed_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateResult:
+    """What a backup would be now."""
+
+    vm: str
+    chain: str
+    level: Level
+    parent: str | None
+    disks: tuple[DiskEstimate, ...]
+
+
+class FindingKind(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """A backup works, with a cost or a risk that one should know."""
+    PROBLEM = "problem"
+    """A backup would fail."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that `doctor` looked at; `text` says what was found, and what to do."""
+
+    kind: FindingKind
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorResult:
+    """What `doctor` found; `ok` when nothing of it would make a backup fail."""
+
+    ok: bool
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

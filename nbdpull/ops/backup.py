@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,15 @@ from nbdpull.version import __version__
 if TYPE_CHECKING:
     from nbdpull.repo.repository import Backup
 
-__all__ = ["AUDIT", "GUEST_DELAY_S", "BackupOptions", "backup"]
+__all__ = [
+    "AUDIT",
+    "GUEST_DELAY_S",
+    "BackupOptions",
+    "Chain",
+    "backup",
+    "backup_level",
+    "parent_of",
+]
 
 
 _TRIED = 3
@@ -133,7 +141,7 @@ class _Chosen:
     checkpoint: str | None
 
 
-class _Chain:
+class Chain:
     """What the repository knows of one VM's chain."""
 
     def __init__(
@@ -264,13 +272,13 @@ class _Chain:
         return None
 
 
-def _backup_level(chosen: Sequence[_Chosen]) -> Level:
+def backup_level(decisions: Iterable[Decision]) -> Level:
     """A backup is called by what its disks were read as: full only when all were."""
-    levels = {one.decision.level for one in chosen}
+    levels = {decision.level for decision in decisions}
     return next((level for level in levels if level is not Level.FULL), Level.FULL)
 
 
-def _known_disks(repository: Repository, vm: str | None) -> Known:
+def known_disks(repository: Repository, vm: str | None) -> Known:
     """What the repository's backups, of one VM or all, know of checkpoints that are found."""
     by_checkpoint: dict[str, list[KnownDisk]] = {}
     for summary in repository.summaries():
@@ -280,8 +288,14 @@ def _known_disks(repository: Repository, vm: str | None) -> Known:
     return lambda names: [disk for name in names for disk in by_checkpoint.get(name, ())]
 
 
+def parent_of(decisions: Iterable[Decision], chain: Chain) -> BackupId | None:
+    """The newest of the backups that the disks are counted from."""
+    bases = {decision.base.backup for decision in decisions if decision.base is not None}
+    return next((found.id for found in chain.backups if found.id in bases), None)
+
+
 async def _recover(
-    source: Source, options: BackupOptions, chain: _Chain, say: Callable[[str], None]
+    source: Source, options: BackupOptions, chain: Chain, say: Callable[[str], None]
 ) -> None:
     """Clear away what a dead run left, and refuse to run beside a live one of the same chain."""
     swept = await source.sweep(chain.committed)
@@ -328,7 +342,7 @@ async def backup(
         if progress is not None:
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
-    known = await call(_known_disks, repository, options.vm)
+    known = await call(known_disks, repository, options.vm)
     async with open_source(options.source, qemu, known=known) as source:
         vm = options.vm
         if vm is None:
@@ -336,7 +350,7 @@ async def backup(
             if warning is not None:
                 say(warning)
         chain = await call(
-            _Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
+            Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
         )
         await _recover(source, options, chain, say)
         disks = await source.disks(include=options.include, exclude=options.exclude)
@@ -377,7 +391,7 @@ class _Run:
         options: BackupOptions,
         source: Source,
         repository: Repository,
-        chain: _Chain,
+        chain: Chain,
         vm: str,
         backup_id: BackupId,
         chosen: Sequence[_Chosen],
@@ -391,7 +405,7 @@ class _Run:
         self.backup_id = backup_id
         self.chosen = list(chosen)
         self.progress = progress
-        self.level = _backup_level(chosen)
+        self.level = backup_level(one.decision for one in chosen)
         self.sessions: list[Session] = []
         self._stop: Callable[[], None] = lambda: None
 
@@ -483,7 +497,7 @@ class _Run:
                     f"disk '{one.disk.name}' was read in full: {reason}; its earlier incrementals of this"
                     " chain may miss writes"
                 )
-        self.level = _backup_level(self.chosen)
+        self.level = backup_level(one.decision for one in self.chosen)
         return warnings
 
     def _seal(self, pulls: Sequence[DiskPull]) -> None:
@@ -499,9 +513,7 @@ class _Run:
 
     def _commit(self, pulls: Sequence[DiskPull], began: float, duration_s: float) -> list[Summary]:
         siblings = tuple((session.disk_id, session.id) for session in self.sessions)
-        # Disks may be counted from different backups: the newest of these is the parent.
-        bases = {one.decision.base.backup for one in self.chosen if one.decision.base is not None}
-        parent = next((found.id for found in self.chain.backups if found.id in bases), None)
+        parent = parent_of((one.decision for one in self.chosen), self.chain)
         summaries = []
         for one, done, session in zip(self.chosen, pulls, self.sessions, strict=True):
             full_checkpoint = None

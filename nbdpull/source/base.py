@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from nbdpull.errors import PointInTimeLostError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.results import GuestCost, Quiesced
+from nbdpull.model.results import Finding, GuestCost, Quiesced
 
 __all__ = [
     "GRANULARITY",
@@ -78,6 +78,7 @@ class Disk:
         records: whether a checkpoint can be kept on it.
         told: meta context of a bitmap of somebody else's, who says that it holds what changed since the
             chain's last backup (for a differential: its last full); None where bitmaps tell by themselves.
+        allocated: bytes that its image takes on the host, where that is known.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Disk:
     bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
     records: bool = True
     told: str | None = None
+    allocated: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +218,9 @@ class Source(Protocol):
             UsageError: a name that no disk has, or nothing left.
             SourceError: a disk can't be backed up without danger.
         """
+
+    async def examine(self) -> Sequence[Finding]:
+        """What a backup would stumble over here."""
 
     def freeze(
         self, info: RunInfo, plans: Sequence[DiskPlan], on_lost: OnLost

@@ -23,7 +23,7 @@ from nbdpull.model.chain import BitmapState
 from nbdpull.source.base import Disk, Skipped
 from nbdpull.source.qmp import Monitor
 
-__all__ = ["QemuDisk", "check_iothreads", "find_disks"]
+__all__ = ["IOTHREADS_SAFE", "QemuDisk", "check_iothreads", "find_disks"]
 
 # Nodes that show the same bytes at the same offsets as their child of that name. A job's filter
 # (commit, mirror) has its child as 'backing'.
@@ -57,7 +57,7 @@ _MEDIA: Final = frozenset({"scsi-cd", "ide-cd", "floppy", "isa-fdc", "sysbus-fdc
 # QEMU's -drive snapshot=on makes its temporary overlay with mkstemp("vl.XXXXXX").
 _TEMPORARY: Final = re.compile(r"(^|/)vl\.[A-Za-z0-9]{6}$")
 
-_IOTHREADS_SAFE: Final = (9, 0, 0)
+IOTHREADS_SAFE: Final = (9, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ def _bitmaps(node: Mapping[str, Any]) -> dict[str, BitmapState]:
         entry["name"]: BitmapState(
             name=entry["name"],
             granularity=entry["granularity"],
-            count=entry.get("count", 0),
+            count=entry.get("count"),
             recording=entry["recording"],
             busy=entry["busy"],
             persistent=entry["persistent"],
@@ -252,6 +252,7 @@ async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk
                     qom_path=path,
                     persistent=_persistent(described),
                     bitmaps=_bitmaps(described),
+                    allocated=described["image"].get("actual-size"),
                     iothread=await _iothread(monitor, path) if threads else None,
                 )
             )
@@ -285,6 +286,7 @@ async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk]
                 qom_path=None,
                 persistent=_persistent(graph.nodes[node]),
                 bitmaps=_bitmaps(graph.nodes[node]),
+                allocated=graph.nodes[node]["image"].get("actual-size"),
                 # Which export uses which thread can't be asked: any thread counts.
                 iothread=", ".join(threads) or None,
             )
@@ -321,7 +323,7 @@ def check_iothreads(
     Raises:
         SourceError: a disk runs in an iothread and `force` is not set.
     """
-    if version >= _IOTHREADS_SAFE or force:
+    if version >= IOTHREADS_SAFE or force:
         return
     for disk in disks:
         if disk.iothread is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ from nbdpull.source.names import checkpoint_parts, run_of
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import FoundRun, find_run, find_runs
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "sweep_dry"]
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +97,7 @@ async def sweep(
     """
     swept = Swept()
     found = await _Found.read(monitor)
-    here = {
-        run.path.name.removeprefix("nbdpull-"): run
-        for run in await asyncio.to_thread(lambda: list(find_runs(scratch)))
-        if run.source == str(monitor.address)
-    }
-    for run in sorted(found.runs() | set(here)):
-        told = found.folder(run)
-        folder = (find_run(told) if told else None) or here.get(run)
+    async for run, folder in _runs(monitor, found, scratch):
         if folder is not None and folder.alive and not force:
             swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
             swept.kept.append(
@@ -114,6 +107,31 @@ async def sweep(
         sweeper = _Sweeper(monitor=monitor, run=run, found=found, folder=folder, swept=swept)
         await sweeper.go(committed)
     return swept
+
+
+async def sweep_dry(monitor: Monitor, *, scratch: str | None = None) -> Swept:
+    """What `sweep` would find: the dead runs by name in `removed`, and the live ones."""
+    swept = Swept()
+    async for run, folder in _runs(monitor, await _Found.read(monitor), scratch):
+        if folder is not None and folder.alive:
+            swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
+        else:
+            swept.removed.append(f"run {run}")
+    return swept
+
+
+async def _runs(
+    monitor: Monitor, found: _Found, scratch: str | None
+) -> AsyncIterator[tuple[str, FoundRun | None]]:
+    """All runs that left something in this QEMU, or a folder that names it."""
+    here = {
+        run.path.name.removeprefix("nbdpull-"): run
+        for run in await asyncio.to_thread(lambda: list(find_runs(scratch)))
+        if run.source == str(monitor.address)
+    }
+    for run in sorted(found.runs() | set(here)):
+        told = found.folder(run)
+        yield run, (find_run(told) if told else None) or here.get(run)
 
 
 async def _try(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> str | None:

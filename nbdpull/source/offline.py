@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdpull.errors import Error, PointInTimeLostError, SourceError, UsageError
-from nbdpull.model.results import GuestCost, Quiesced
+from nbdpull.model.results import Finding, FindingKind, GuestCost, Quiesced
 from nbdpull.source.address import ImageAddress
 from nbdpull.source.base import (
     Committed,
@@ -164,6 +164,23 @@ class OfflineSource:
         chosen = [disk for disk in disks if disk.name in wanted]
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
+
+    async def examine(self) -> Sequence[Finding]:
+        """See `Source.examine`."""
+        findings = []
+        for _, image, _ in await self._look():
+            lost = [name for name, state in image.bitmaps.items() if state.inconsistent]
+            kind, text = FindingKind.OK, f"{image.size} bytes, {image.format}, keeps dirty bitmaps"
+            if lost:
+                kind = FindingKind.WARNING
+                text = f"its bitmaps {', '.join(lost)} are inconsistent, because QEMU was killed"
+            elif not image.records:
+                kind = FindingKind.WARNING
+                text = (
+                    f"is {image.format}, which keeps no dirty bitmaps: it is read in full each time"
+                )
+            findings.append(Finding(kind=kind, subject=f"image {image.path}", text=text))
+        return findings
 
     async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
         """See `Source.sweep`."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from nbdpull.model.results import Finding
 from nbdpull.nbdio.connection import unix_uri, with_export
 from nbdpull.source.base import (
     Committed,
@@ -16,6 +17,7 @@ from nbdpull.source.base import (
     Swept,
     select_disks,
 )
+from nbdpull.source.checkup import examine
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
 from nbdpull.source.fleecing import QemuOptions, QemuPlan, freeze
 from nbdpull.source.leftovers import sweep
@@ -75,6 +77,10 @@ class QemuSource:
         check_iothreads(chosen, self._monitor.version, force=self._options.force)
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
+
+    async def examine(self) -> Sequence[Finding]:
+        """See `Source.examine`."""
+        return await examine(self._monitor, self._options)
 
     @asynccontextmanager
     async def freeze(

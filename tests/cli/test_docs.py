@@ -64,6 +64,10 @@ def test_every_exit_code_is_documented() -> None:
         ("nbdpull unprotect", nbdpull.ProtectResult),
         ("nbdpull gc", nbdpull.GcResult),
         ("nbdpull repack", nbdpull.RepackResult),
+        ("nbdpull estimate", nbdpull.EstimateResult),
+        ("nbdpull estimate", nbdpull.DiskEstimate),
+        ("nbdpull doctor", nbdpull.DoctorResult),
+        ("nbdpull doctor", nbdpull.Finding),
     ],
 )
 def test_every_json_key_is_documented(title: str, kind: type) -> None:

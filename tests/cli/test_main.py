@@ -17,7 +17,7 @@ import nbdpull
 from nbdpull import api
 from tests.cli.conftest import Cli, info, spawn_cli
 
-VERBS = ("backup", "restore", "init", "list", "show", "verify", "cleanup")
+VERBS = ("backup", "restore", "init", "list", "show", "verify", "cleanup", "estimate", "doctor")
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
