@@ -13,12 +13,14 @@ from tests.integration.conftest import Keeper
 from tests.support.bootwriter import BootWriter
 from tests.support.disk import compare, create_disk
 from tests.support.tools import QemuTools
-from tests.support.vm import StorageDaemon, Vm
+from tests.support.vm import QemuProcess, StorageDaemon, Vm
 
 STEPS = ("full", "incremental", "incremental", "differential", "failed", "incremental")
 
 
-def fail_in_the_middle(keeper: Keeper, vm: Vm, *, guest_first: bool) -> None:
+def fail_in_the_middle(
+    keeper: Keeper, vm: QemuProcess, *, guest_first: bool = False, name: str | None = None
+) -> None:
     """Cancel a backup once its pull has begun."""
 
     async def run() -> None:
@@ -33,6 +35,7 @@ def fail_in_the_middle(keeper: Keeper, vm: Vm, *, guest_first: bool) -> None:
             nbdpull.aio.backup(
                 vm.uri,
                 keeper.repository,
+                vm=name,
                 scratch=str(keeper.scratch),
                 guest_first=guest_first,
                 progress=told,
@@ -97,22 +100,34 @@ def test_every_level_restores_one_point_in_time(
             assert len(vm.bitmaps(name)) == 2
 
 
-def test_levels_of_a_storage_daemon(qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path) -> None:
+def test_every_level_of_a_storage_daemon(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
     disks = [create_disk(tmp_path, name, tools=qemu_tools) for name in ("one", "two")]
+    taken: list[nbdpull.BackupResult] = []
     with StorageDaemon(disks, tools=qemu_tools) as daemon:
-        for step, level in enumerate(("full", "incremental", "incremental", "differential")):
+        for number, step in enumerate(STEPS):
             for disk in disks:
-                daemon.qemu_io(disk.name, f"write -P {step + 1} {step}M 300k")
-                daemon.qemu_io(disk.name, f"write -z {step}M 70k")
-            result = keeper.backup(daemon.uri, level, vm="daemon")
-            assert [disk.level for disk in result.disks] == [level, level]
+                daemon.qemu_io(disk.name, f"write -P {number + 1} {number}M 300k")
+                daemon.qemu_io(disk.name, f"write -z {number}M 70k")
+            if step == "failed":
+                before = {disk.name: set(daemon.bitmaps(disk.name)) for disk in disks}
+                fail_in_the_middle(keeper, daemon, name="daemon")
+                assert not any(daemon.leftovers().values())
+                assert {disk.name: set(daemon.bitmaps(disk.name)) for disk in disks} == before
+                continue
+            result = keeper.backup(daemon.uri, step, vm="daemon")
+            taken.append(result)
+            assert [disk.level for disk in result.disks] == [step, step]
             for disk in disks:
-                restored = keeper.restored / f"{step}-{disk.name}"
+                restored = keeper.restored / f"{number}-{disk.name}"
                 nbdpull.restore(
                     keeper.repository, result.backup, restored, disk=f"node-{disk.name}"
                 )
                 target = restored / f"node-{disk.name}.raw"
                 compare(target, disk.path, other_format="qcow2", tools=qemu_tools)
+        # What was written before the failed one is in the last, too.
+        assert [disk.changed_bytes for disk in taken[-1].disks] == [2 * 5 * 65536] * 2
         assert not any(daemon.leftovers().values())
 
 

@@ -119,6 +119,58 @@ def test_hot_added_disk_is_read_in_full_alone(
         check(keeper, vm, again, [disk, added], qemu_tools)
 
 
+def test_hot_unplugged_disk_is_left_out_and_comes_back(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    # A SCSI disk goes at once, without the guest's consent.
+    other = create_disk(tmp_path, "sda", tools=qemu_tools, device="scsi-hd")
+    with Vm([disk, other], tools=qemu_tools) as vm:
+        for name in ("vda", "sda"):
+            vm.qemu_io(name, "write -P 1 0 4M")
+        both = keeper.backup(vm.uri)
+        check(keeper, vm, both, [disk, other], qemu_tools)
+        vm.hot_remove("sda")
+        vm.qemu_io("vda", "write -P 2 1M 64k")
+        alone = keeper.backup(vm.uri)
+        assert levels(alone) == {"vda": "incremental"}
+        assert alone.parent == both.backup
+        check(keeper, vm, alone, [disk], qemu_tools)
+        assert set(keeper.restore(both.backup, force=True)) == {"vda", "sda"}
+        # Its image kept its bitmap: what was written since the backup is all that is read.
+        vm.hot_add(other)
+        vm.qemu_io("sda", "write -P 3 2M 64k")
+        again = keeper.backup(vm.uri)
+        assert levels(again) == {"vda": "incremental", "sda": "incremental"}
+        assert {one.name: one.changed_bytes for one in again.disks} == {"vda": 0, "sda": 65536}
+        check(keeper, vm, again, [disk, other], qemu_tools)
+
+
+def test_disk_unplugged_during_a_backup_does_no_harm(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    """The frozen view does not need the device: the backup ends well, and holds the disk."""
+    other = create_disk(tmp_path, "sda", tools=qemu_tools, device="scsi-hd")
+    with Vm([disk, other], tools=qemu_tools) as vm:
+        for name in ("vda", "sda"):
+            vm.qemu_io(name, "write -P 1 0 4M")
+        unplugged: list[str] = []
+
+        def told(progress: nbdpull.Progress) -> None:
+            if progress.kind is nbdpull.ProgressKind.DISK_START and not unplugged:
+                unplugged.append("sda")
+                vm.qmp("device_del", id="sda")
+                vm.wait_event("DEVICE_DELETED")
+
+        result = keeper.backup(vm.uri, progress=told)
+        assert unplugged
+        assert levels(result) == {"vda": "full", "sda": "full"}
+        assert not any(vm.leftovers().values())
+        restored = keeper.restore(result.backup)
+        for one in (disk, other):
+            compare(restored[one.name], one.path, other_format="qcow2", tools=qemu_tools)
+        assert levels(keeper.backup(vm.uri)) == {"vda": "incremental"}
+
+
 @pytest.mark.parametrize("size", [96 * MIB, 32 * MIB + 512], ids=["grown", "shrunk"])
 def test_resized_disk_is_read_in_full_alone(
     qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path, size: int

@@ -241,6 +241,11 @@ def test_nbd_server_that_runs_already(
         )
         # It is not ours to stop.
         vm.qmp("nbd-server-stop")
+        with pytest.raises(
+            nbdpull.SourceError, match=r"has no NBD server at .* leave --nbd-address"
+        ):
+            keeper.backup(vm.uri, nbd_address=f"nbd+unix:///?socket={path}")
+        assert not any(vm.leftovers().values())
 
 
 def test_tcp_monitor(qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path) -> None:
