@@ -56,10 +56,11 @@ async def estimate_open(
     disks = []
     decisions = []
     for disk in await source.disks(include=options.include, exclude=options.exclude):
-        decision, _ = await call(chain.choose, disk, options.level)
+        decision, _ = await call(chain.choose, disk, options.level, None)
         changed = disk.allocated
-        if decision.base is not None and decision.base.checkpoint is not None:
-            changed = disk.bitmaps[decision.base.checkpoint].count
+        if decision.base is not None:
+            bitmap = disk.bitmaps.get(decision.base.checkpoint or "")
+            changed = None if bitmap is None else bitmap.count
         if changed is not None:
             # A bitmap counts whole grains, also the last one that is cut by the disk's end.
             changed = min(changed, disk.size)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from nbdpull.errors import NbdError, PointInTimeLostError, UsageError
-from nbdpull.model.results import GuestCost
+from nbdpull.model.results import Finding, FindingKind, GuestCost, Quiesced
 from nbdpull.nbdio.connection import Connection
 from nbdpull.source.address import ExportAddress
 from nbdpull.source.base import (
@@ -50,6 +50,17 @@ class ExportSource:
     async def vm_name(self) -> tuple[str, str | None]:
         """See `Source.vm_name`."""
         raise UsageError("an NBD export does not tell which VM it is of; name the VM with --vm")
+
+    async def examine(self) -> Sequence[Finding]:
+        """See `Source.examine`."""
+        findings = []
+        for export in self._exports:
+            size = await whole(_look, export.uri, self._contexts.get(export.name))
+            text = f"{size} bytes at {export.uri}"
+            findings.append(
+                Finding(kind=FindingKind.OK, subject=f"export {export.name}", text=text)
+            )
+        return findings
 
     async def sweep(
         self,
@@ -114,6 +125,7 @@ class _ExportedPointInTime:
         self.disks = tuple(disks)
         self.lost: PointInTimeLostError | None = None
         self.cost: GuestCost | None = None
+        self.quiesced: Quiesced | None = None
 
     async def why_lost(self) -> PointInTimeLostError | None:
         """See `PointInTime.why_lost`."""
