@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdpull.units import format_duration, format_rate, format_size, parse_size
+from nbdpull.units import format_duration, format_rate, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,27 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 @given(st.integers(0, 2**62))
 def test_bytes_come_back(size: int) -> None:
     assert parse_size(f"{size} B") == size
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0s", 0),
+        ("90s", 90),
+        ("30 min", 1800),
+        ("12h", 43_200),
+        ("7d", 604_800),
+        ("2w", 1_209_600),
+        ("1y", 31_536_000),
+    ],
+)
+def test_parse_duration(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "d", "-1d", "1.5h", "7 days", "1m", "9999999999s", "\u0663d"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        parse_duration(text)

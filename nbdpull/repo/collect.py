@@ -346,6 +346,9 @@ class Collector:
                 continue
             if self._dry_run:
                 continue
+            # Looked for first: where only one may write at a time, creating may replace what is there.
+            if there(self._store, f"m/{session.pin}"):
+                continue
             # Taken: it was committed, or another collector was first.
             with suppress(KeyExistsError, AccessDeniedError):
                 self._store.create(f"m/{session.pin}", REVOKED)

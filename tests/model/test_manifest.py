@@ -82,6 +82,17 @@ def test_any_packs_of_any_segments_come_back(listed: list[set[tuple[int, int]] |
     assert set(one.packs()) == maps.union(*(pairs or set() for pairs in listed))
 
 
+def test_tags_and_the_first_stored_time_come_back_and_older_manifests_have_none() -> None:
+    tagged = replace(manifest(), summary=summary(tags=("gold", "größe"), stored=1_700_000_009.5))
+    assert Manifest.decode(tagged.encode()) == tagged
+    fields = cbor2.loads(_summary_bytes())
+    del fields["tags"], fields["stored"]
+    top = cbor2.dumps(fields)
+    raw = b"NBDPMAN1" + b"\1\0\0\0" + len(top).to_bytes(4, "little") + bytes(8)
+    raw += bytes.fromhex(REPOSITORY) + blake3(top).digest() + bytes(8) + top
+    assert decode_summary(raw) == (summary(), REPOSITORY)
+
+
 def test_every_damaged_byte_is_found() -> None:
     for bad in damaged(manifest().encode()):
         with pytest.raises(FormatError):
@@ -114,6 +125,9 @@ def test_a_damaged_summary_is_found_without_the_rest() -> None:
         {"siblings": [3]},
         {"vm": b"bytes"},
         {"disk": None},
+        {"tags": "gold"},
+        {"tags": [3]},
+        {"stored": "now"},
     ],
 )
 def test_a_summary_with_a_value_that_cannot_be_is_refused(changes: dict[str, object]) -> None:

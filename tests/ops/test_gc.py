@@ -348,6 +348,24 @@ def test_a_store_that_cannot_tell_writers_apart_needs_to_be_told(
     collect(repo, exclusive=True)
 
 
+class Replaces(LocalStore):
+    """Lets an object be created twice, as the stores do that only one may write to at a time."""
+
+    def create(self, key: str, data: bytes) -> None:
+        super().delete(key)
+        super().create(key, data)
+
+
+def test_where_creating_replaces_no_committed_manifest_is_revoked(
+    repo: Retained, tmp_path: Path
+) -> None:
+    for prefix in ("s", "d", "x"):
+        repo.age(prefix, 2 * DAY)
+    assert collector(repo, Replaces(repo.path)).run().revoked == []
+    for number in range(3):
+        repo.check(number, tmp_path / "out")
+
+
 # -- other collectors in between --------------------------------------------------------------------
 
 

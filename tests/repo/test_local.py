@@ -16,7 +16,7 @@ import pytest
 
 from nbdpull.errors import StoreError
 from nbdpull.repo.local import LocalStore
-from nbdpull.repo.store import KeyExistsError
+from nbdpull.repo.store import AccessDeniedError, KeyExistsError
 from tests.repo.conformance import StoreConformance
 
 
@@ -230,3 +230,32 @@ def test_leftovers_are_removed_once_their_writer_is_gone(
     assert set(tmp_path.iterdir()) == {live, young}
     upload.commit()
     assert store.get("d/a/b", limit=9) == b"x"
+
+
+def test_what_may_not_be_deleted_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.create("d/aa/00", b"x")
+
+    def refuse(_path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")  # of an immutable file, for one
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(AccessDeniedError, match=r"can't delete .*d/aa/00"):
+        store.delete("d/aa/00")
+
+
+def test_a_sessions_empty_folder_goes_and_can_be_made_again(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for key in ("d/aa/00", "d/aa/01", "m/bb/cc"):
+        store.create(key, b"x")
+    store.delete("d/aa/00")
+    assert (tmp_path / "d/aa").is_dir()
+    store.delete("d/aa/01")
+    assert not (tmp_path / "d/aa").exists()
+    # One that others may be about to use stays.
+    store.delete("m/bb/cc")
+    assert (tmp_path / "m/bb").is_dir()
+    store.create("d/aa/02", b"y")
+    assert store.get("d/aa/02", limit=9) == b"y"

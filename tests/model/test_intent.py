@@ -1,0 +1,77 @@
+"""What a session says before it begins."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdpull.model.frame import FormatError
+from nbdpull.model.intent import Intent, is_pin
+
+HEX = st.text("0123456789abcdef", min_size=32, max_size=32)
+PINS = st.builds("{}/{}".format, HEX, HEX)
+
+
+@given(
+    st.builds(
+        Intent,
+        role=st.sampled_from(["backup", "repack", "undo"]),
+        disk=HEX,
+        pins=st.lists(PINS, max_size=4).map(tuple),
+        host=st.text(max_size=20),
+        time=st.floats(allow_nan=False, allow_infinity=False),
+        keys=st.none() | st.binary(max_size=200),
+    )
+)
+def test_what_is_written_is_read_back(intent: Intent) -> None:
+    assert Intent.decode(intent.encode()) == intent
+
+
+def test_a_collectors_intent_has_no_disk() -> None:
+    assert Intent.decode(Intent(role="gc", disk="").encode()) == Intent(role="gc", disk="")
+
+
+GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disk": ""},
+        {"disk": "xy" * 16},
+        {"disk": "AB" * 16},
+        {"disk": 3},
+        {"role": None},
+        {"pins": None},
+        {"pins": ["ab" * 16]},
+        {"pins": ["../../etc/passwd"]},
+        {"pins": [3]},
+        {"keys": "xyz"},
+    ],
+)
+def test_what_no_session_writes_is_refused(change: dict[str, object]) -> None:
+    assert Intent.decode(json.dumps(GOOD).encode()).disk == "ab" * 16
+    with pytest.raises(FormatError):
+        Intent.decode(json.dumps(GOOD | change).encode())
+
+
+@given(st.binary(max_size=60) | st.recursive(st.none(), st.lists, max_leaves=9).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+def test_any_bytes_are_an_intent_or_an_error(raw: bytes) -> None:
+    with pytest.raises(FormatError):
+        Intent.decode(raw)
+
+
+def test_deep_nesting_is_an_error() -> None:
+    with pytest.raises(FormatError):
+        Intent.decode(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "/", "ab" * 16, "ab" * 16 + "/", "ab" * 16 + "/" + "cd" * 16 + "/"]
+)
+def test_what_is_no_pin(text: str) -> None:
+    assert not is_pin(text)
+    assert is_pin("ab" * 16 + "/" + "cd" * 16)
