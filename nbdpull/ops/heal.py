@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nbdpull.errors import DamagedError
 from nbdpull.model.damage import DamagedFrame, HealedFrame, Place
 from nbdpull.model.frame import FrameKind
-from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds
+from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT, Kind, Kinds
 from nbdpull.model.manifest import Manifest
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.repo.repository import DiskReader, Repository, Session
@@ -132,7 +132,8 @@ class Healer:
             first = interval.start - interval.skip
             key = (interval.session, interval.seq, interval.offset)
             if key not in healed:
-                healed[key] = self._heal(rows[0], index * SEGMENT + first * GRAIN, read)
+                row = self._vouched(rows[0], interval, index * SEGMENT + first * GRAIN)
+                healed[key] = None if row is None else self._heal(row, read)
             stored = healed[key]
             if stored is None:
                 mine = kinds[interval.start : interval.start + interval.n]
@@ -141,18 +142,34 @@ class Healer:
                 result.append(self._moved(interval, stored))
         return Segment.of(result)
 
+    def _vouched(self, row: DamagedFrame, interval: Interval, start: int) -> DamagedFrame | None:
+        """The lost frame as the parent's index has it: a record is not to be believed."""
+        parent = self._parent
+        if parent is None:
+            return None
+        try:
+            header = parent.written(interval.session, interval.seq, interval.offset)
+        except DamagedError:
+            return None
+        whole = min(interval.flen * GRAIN, self._size - start)
+        if interval.skip > interval.start or header.rlen != whole:
+            return None
+        return replace(row, start=start, rlen=header.rlen, digest=header.digest, kind=header.kind)
+
     def _plan_full(self, index: int, kinds: Kinds, read: Read) -> Segment:
         """A full: what is healed is used for the new map too, so that it is stored once."""
         used: list[Interval] = []
         for rows in self._lost.values():
             for row in rows:
                 first = (row.start - index * SEGMENT) // GRAIN
+                n = -(-row.rlen // GRAIN)
                 if row.disk != self._session.disk_id or row.start // SEGMENT != index:
                     continue
-                stored = self._heal(row, row.start, read)
+                if not self._could_be(row) or first + n > len(kinds):
+                    continue
+                stored = self._heal(row, read)
                 if stored is None:
                     continue
-                n = -(-row.rlen // GRAIN)
                 mine = kinds[first : first + n]
                 if (mine == Kind.DATA).all():
                     mine[:] = Kind.CLEAN
@@ -160,11 +177,21 @@ class Healer:
                 break
         return Segment.of(sorted(used))
 
-    def _heal(self, row: DamagedFrame, start: int, read: Read) -> _Stored | None:
-        """Store the frame anew if the source has its bytes at `start`."""
-        if row.kind is not FrameKind.DATA or not row.rlen or start + row.rlen > self._size:
+    def _could_be(self, row: DamagedFrame) -> bool:
+        """Whether a frame of this disk can lie there: a record is not to be believed."""
+        end = row.start + row.rlen
+        return (
+            row.start % GRAIN == 0
+            and 0 < row.rlen <= FRAME_MAX - row.start % FRAME_MAX
+            and end <= self._size
+            and (end % GRAIN == 0 or end == self._size)
+        )
+
+    def _heal(self, row: DamagedFrame, read: Read) -> _Stored | None:
+        """Store the frame anew if the source has its bytes there."""
+        if row.kind is not FrameKind.DATA:
             return None
-        raw = read(start, row.rlen)
+        raw = read(row.start, row.rlen)
         if self._session.digest(raw) != row.digest:
             return None
         ref = self._session.put(raw)
