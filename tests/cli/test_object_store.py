@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nbdpull.repo.location import open_store
 from tests.support.disk import MIB, compare, create_disk
 from tests.support.process import run
@@ -66,3 +68,21 @@ def test_a_wrong_place_is_one_line_and_the_exit_code(s3: str) -> None:
         assert (done.returncode, done.stdout) == (code, "")
         assert done.stderr.count("\n") == 1
         assert "secret@" not in done.stderr
+
+
+def test_an_encrypted_repository_in_a_bucket_is_restored_with_the_recovery_key_alone(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBDPULL_PASSWORD", "alpha")
+    assert nbdpull("init", "-r", s3, "--encrypt")["encrypted"]
+    disk = create_disk(tmp_path, "vda", size=8 * MIB)
+    run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 300k", disk.path])
+    nbdpull("backup", f"disk:vda={disk.path}", "-r", s3, "--scratch", tmp_path)
+    run([NBDPULL, "key", "export", tmp_path / "recovery.key", "-r", s3])
+    monkeypatch.delenv("NBDPULL_PASSWORD")
+    (slot,) = json.loads(run([NBDPULL, "key", "list", "-r", s3, "--json"]).stdout)
+    run([NBDPULL, "key", "remove", slot["key"], "--force", "-r", s3])
+    assert run([NBDPULL, "list", "-r", s3], check=False).returncode == 12
+    monkeypatch.setenv("NBDPULL_KEY_FILE", str(tmp_path / "recovery.key"))
+    nbdpull("restore", "latest", "-r", s3, "--to", tmp_path / "out")
+    compare(tmp_path / "out" / "vda.raw", disk.path, other_format="qcow2")
