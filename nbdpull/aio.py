@@ -115,6 +115,8 @@ async def backup(
     agent: str | os.PathLike[str] | None = None,
     tags: Sequence[str] = (),
     keys: KeySource | None = None,
+    base: str | None = None,
+    digest_cache: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -149,6 +151,9 @@ async def backup(
             makes the disk a full and is a warning. Not possible with `guest_first`.
         tags: words to find it by: a retention policy can keep what carries one.
         keys: what opens an encrypted repository; None looks in the environment.
+        base: a backup, of this or another VM, whose data is not stored again: that of a golden image.
+        digest_cache: folder that remembers where data of all VMs is, so that none of it is stored
+            again; it may be lost or old. None is none.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -210,6 +215,8 @@ async def backup(
         agent=None if agent is None else os.fspath(agent),
         tags=tags,
         keys=keys,
+        base=base,
+        digest_cache=None if digest_cache is None else os.fspath(digest_cache),
     )
     return await op.backup(options, progress=progress)
 

@@ -133,6 +133,18 @@ def chain_option(function: _F) -> _F:
     metavar="SOCKET",
     help="The agent's unix socket, for --quiesce; by default QEMU is asked.",
 )
+@click.option(
+    "--base",
+    metavar="BACKUP",
+    help="A backup, of any VM, whose data is not stored again: that of a golden image.",
+)
+@click.option(
+    "--digest-cache",
+    envvar="NBDPULL_CACHE",
+    show_envvar=True,
+    metavar="FOLDER",
+    help="Remember here where data of all VMs is, and store none of it again.",
+)
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -156,6 +168,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     quiesce: bool,
     agent: str | None,
     tags: tuple[str, ...],
+    base: str | None,
+    digest_cache: str | None,
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
 
@@ -192,6 +206,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             agent=agent,
             tags=tags,
             keys=keys_of_user(),
+            base=base,
+            digest_cache=digest_cache or None,
             progress=progress,
         )
     for warning in result.warnings:

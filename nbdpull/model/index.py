@@ -195,6 +195,12 @@ class IndexTable:
     _end: int
     keys: SessionKeys | None = None
 
+    @property
+    def seqs(self) -> list[int]:
+        """The packs' numbers, rising."""
+        seqs: list[int] = self._rows["seq"].tolist()
+        return seqs
+
     def place(self, seq: int) -> PackPlace:
         """Where the directory of pack `seq` is.
 

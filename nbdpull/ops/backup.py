@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ from nbdpull.model.results import (
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.heal import Healer, lost_segments
 from nbdpull.ops.pull import DiskPull, pull
+from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
 from nbdpull.source.base import Disk, DiskPlan, Known, KnownDisk, PointInTime, RunInfo, Source
@@ -101,6 +103,8 @@ class BackupOptions:
         audit: of each incremental disk, how many frames that the bitmap calls clean are looked at.
         tags: words to find it by, for `forget --keep-tag`.
         keys: what opens an encrypted repository; None looks in the environment.
+        base: a backup, of any VM, whose frames are not stored again.
+        digest_cache: folder of what is known of all backups' frames; None for none.
     """
 
     source: tuple[str, ...]
@@ -124,6 +128,8 @@ class BackupOptions:
     agent: str | None = None
     tags: tuple[str, ...] = ()
     keys: KeySource | None = None
+    base: str | None = None
+    digest_cache: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,21 +252,25 @@ class Chain:
         parent = self.manifest(disk.name, decision.base) if decision.base else None
         return decision, parent
 
-    def like(self, disk: Disk) -> Manifest | None:
-        """An earlier backup of the disk, of this chain where there is one, to compare a full with."""
+    def like(self, disk: Disk, base: Backup | None) -> Manifest | None:
+        """An earlier backup of the disk to compare a full with.
+
+        Of this chain where there is one, else of another, else the disk of that name in `base`.
+        """
         if not self.repository.reuses:
             return None
         candidates = [
-            (found.chain == self.chain, found.time, summary)
+            ((found.vm == self.vm, found.chain == self.chain, found.time), summary)
             for found in self._all.values()
-            if found.vm == self.vm and found.complete
+            if (found.vm == self.vm and found.complete)
+            or (base is not None and found.id == base.id)
             for summary in found.disks
             if (summary.disk, summary.size) == (disk.name, disk.size)
         ]
-        for _, _, summary in sorted(candidates, key=lambda one: one[:2], reverse=True)[:_TRIED]:
+        for _, summary in sorted(candidates, key=lambda one: one[0], reverse=True)[:_TRIED]:
             try:
                 return self.repository.manifest(summary)
-            except DamagedError:
+            except (DamagedError, WrongKeyError):
                 continue
         return None
 
@@ -343,7 +353,7 @@ async def backup(
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
     known = await call(known_disks, repository, options.vm)
-    async with open_source(options.source, qemu, known=known) as source:
+    async with open_source(options.source, qemu, known=known) as source, AsyncExitStack() as stack:
         vm = options.vm
         if vm is None:
             vm, warning = await source.vm_name()
@@ -352,13 +362,21 @@ async def backup(
         chain = await call(
             Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
         )
+        reuse = await call(
+            Reusing.open,
+            repository,
+            base=options.base,
+            digest_cache=options.digest_cache,
+            say=say,
+        )
+        stack.callback(reuse.close)
         await _recover(source, options, chain, say)
         disks = await source.disks(include=options.include, exclude=options.exclude)
         backup_id = BackupId(secrets.token_hex(8))
         chosen = []
         for disk in disks:
             decision, parent = await call(chain.choose, disk, options.level, options.since)
-            like = await call(chain.like, disk) if parent is None else None
+            like = await call(chain.like, disk, reuse.base) if parent is None else None
             if like is not None:
                 reason = (
                     f"{decision.reason}; what backup {like.summary.backup} has is not stored again"
@@ -373,7 +391,8 @@ async def backup(
                 )
             )
             say(f"disk {disk.name}: {decision.level}, {decision.reason}")
-        return await _Run(options, source, repository, chain, vm, backup_id, chosen, progress).go()
+        run = _Run(options, source, repository, chain, backup_id, chosen, progress, reuse)
+        return await run.go()
 
 
 def _count_from(one: _Chosen) -> str | None:
@@ -392,21 +411,23 @@ class _Run:
         source: Source,
         repository: Repository,
         chain: Chain,
-        vm: str,
         backup_id: BackupId,
         chosen: Sequence[_Chosen],
         progress: ProgressCallback | None,
+        reuse: Reusing,
     ) -> None:
         self.options = options
+        self.reuse = reuse
         self.source = source
         self.repository = repository
         self.chain = chain
-        self.vm = vm
+        self.vm = chain.vm
         self.backup_id = backup_id
         self.chosen = list(chosen)
         self.progress = progress
         self.level = backup_level(one.decision for one in chosen)
         self.sessions: list[Session] = []
+        self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
 
     async def go(self) -> BackupResult:
@@ -435,6 +456,7 @@ class _Run:
                 await self._give_up(frozen)
             raise
         warnings = await frozen.confirm(self._obsolete())
+        await call(self.reuse.learn, self.repository, self.manifests)
         return self._result(
             summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
         )
@@ -447,6 +469,8 @@ class _Run:
                 disk=one.disk.name,
                 parent=one.parent,
                 like=one.like,
+                base=self.reuse.index,
+                cache=self.reuse.cache,
                 compression_level=self.options.compression_level,
             )
             self.sessions.append(session)
@@ -547,8 +571,10 @@ class _Run:
                     tags=self.options.tags,
                 )
             )
-        for session, summary in zip(self.sessions, summaries, strict=True):
+        self.manifests = [
             session.commit(summary)
+            for session, summary in zip(self.sessions, summaries, strict=True)
+        ]
         return summaries
 
     async def _give_up(self, frozen: PointInTime) -> None:

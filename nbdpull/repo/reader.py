@@ -163,6 +163,23 @@ class DiskReader:
 
         return self._directories.get((session, seq), load)
 
+    def directories(self, session: int, number: int) -> list[tuple[int, Directory]]:
+        """All directories of one index, by seq, with one read.
+
+        Raises:
+            DamagedError: the index is not what was written.
+        """
+        table = self._table(session, number)
+        key = self._index_key(session, number)
+        places = [(seq, table.place(seq)) for seq in table.seqs]
+        end = max(place.offset + place.length for _, place in places)
+        with _damage(f"session index {key}", key):
+            raw = self._store.get_range(key, 0, end)
+            return [
+                (seq, Directory.decode(raw[place.offset : place.offset + place.length], place))
+                for seq, place in places
+            ]
+
     # -- reading -----------------------------------------------------------------------------------
 
     def _unpacker(self) -> zstandard.ZstdDecompressor:

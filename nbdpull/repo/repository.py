@@ -49,11 +49,14 @@ from nbdpull.repo import marks as marking
 from nbdpull.repo.catalog import Backup, Entry, group
 from nbdpull.repo.collect import Collector
 from nbdpull.repo.damage import DamageRecords
+from nbdpull.repo.digestcache import DigestCache
+from nbdpull.repo.digestindex import DigestIndex
 from nbdpull.repo.location import CONFIG, new_store, open_store, tidy
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import probe
 from nbdpull.repo.reader import DiskReader
-from nbdpull.repo.reuse import Found, KnownFrame, PackListing, Reuse, ReuseSource
+from nbdpull.repo.reuse import Found, KnownFrame
+from nbdpull.repo.reuseplan import ReusePlan, pin_of
 from nbdpull.repo.session import Session
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.slots import Slots, new_keys
@@ -62,6 +65,8 @@ from nbdpull.repo.vault import Vault
 
 __all__ = [
     "Backup",
+    "DigestCache",
+    "DigestIndex",
     "DiskReader",
     "Entry",
     "Found",
@@ -355,7 +360,10 @@ class Repository:
         Raises:
             DamagedError: it is not what was written.
         """
-        key = f"m/{summary.disk_id}/{summary.session}"
+        return self._read(f"{summary.disk_id}/{summary.session}")
+
+    def _read(self, pin: str) -> Manifest:
+        key = f"m/{pin}"
         try:
             raw = self._store.get(key, limit=MANIFEST_MAX)
         except KeyMissingError as exc:
@@ -378,13 +386,15 @@ class Repository:
         """A reader of one disk of a backup."""
         return DiskReader(self._store, manifest, self._vault, self.damage)
 
-    def begin(
+    def begin(  # noqa: PLR0913 - keywords, most of them with a default
         self,
         *,
         vm: str,
         disk: str,
         parent: Manifest | None,
         like: Manifest | None = None,
+        base: DigestIndex | None = None,
+        cache: DigestCache | None = None,
         compression_level: int = 1,
         pins: Sequence[str] = (),
         role: str = "backup",
@@ -401,6 +411,8 @@ class Repository:
             like: an earlier backup of the disk, which a full is compared with: what it has at the same
                 place is not stored again. By default the parent. Passed over when it is being
                 forgotten.
+            base: frames of other backups, found by digest.
+            cache: what is known of all backups, found by digest.
             compression_level: of zstd.
             pins: more manifests (``<disk>/<sid>``) whose packs the caller will refer to.
             role: what the intent calls the session.
@@ -414,29 +426,32 @@ class Repository:
         keys = None if vault is None else vault.new_session(sid)
         own = disk_id(vm, disk, None if vault is None else vault.ring.digest_key)
         # Repacking stores again what is here already: that is its purpose.
-        like = (like or parent) if self.reuses and role == "backup" else None
-        needed = [*([_pin(parent)] if parent is not None else []), *pins]
-        every = tuple(dict.fromkeys([*needed, *([_pin(like)] if like is not None else [])]))
+        shares = self.reuses and role == "backup"
+        plan = ReusePlan(
+            self._store,
+            self._read,
+            self.reader,
+            needed=[*([pin_of(parent)] if parent is not None else []), *pins],
+            like=(like or parent) if shares else None,
+            base=base if shares else None,
+            cache=cache if shares else None,
+        )
         intent = Intent(
             role=role,
             disk=own,
-            pins=every,
+            pins=plan.pins,
             # Where it is encrypted only names of objects, which whoever sees the store sees anyway.
             host=socket.gethostname() if keys is None else "",
             keys=None if keys is None else keys.envelope,
             time=time.time(),
         )
         self._store.create(f"s/{sid}", intent.encode())
-        alive = {pin for pin in every if self.is_alive(pin)}
-        gone = [pin for pin in needed if pin not in alive]
+        gone = plan.look()
         if gone:
             raise ParentGoneError(
                 f"the backup that was to be built on, m/{gone[0]}, is being forgotten"
             )
         table = SessionTable(parent.sessions if parent is not None else (), sid)
-        source = None
-        if like is not None and _pin(like) in alive:
-            source = ReuseSource(self.reader(like), table, PackListing(self._store))
         return Session(
             self._store,
             repository=self.id,
@@ -445,7 +460,7 @@ class Repository:
             parent=parent,
             compression_level=compression_level,
             table=table,
-            reuse=Reuse(source),
+            reuse=plan.open(table),
             keys=keys,
         )
 
@@ -527,7 +542,14 @@ class Repository:
             host=socket.gethostname() if self._vault is None else "",
         )
 
+    def digest_index(self, backup: Backup) -> DigestIndex:
+        """An index of all frames of a backup, for `begin`.
 
-def _pin(manifest: Manifest) -> str:
-    """How an intent names a manifest."""
-    return f"{manifest.summary.disk_id}/{manifest.summary.session}"
+        Raises:
+            DamagedError: a manifest is not what was written.
+        """
+        return DigestIndex([self.reader(self.manifest(summary)) for summary in backup.disks])
+
+    def learn(self, cache: DigestCache, manifest: Manifest) -> None:
+        """Have the cache remember what was just committed."""
+        cache.learn(self.reader(manifest), pin_of(manifest))

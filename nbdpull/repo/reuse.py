@@ -19,16 +19,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.frame import FrameHeader, FrameKind
 from nbdpull.model.grain import GRAIN, Kinds
 from nbdpull.model.ids import SessionId
 from nbdpull.model.index import PACKS_PER_INDEX
+from nbdpull.model.segment import Packs
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import Store
 
-__all__ = ["Found", "KnownFrame", "PackListing", "Reuse", "ReuseSource"]
+__all__ = ["Found", "FrameFinder", "KnownFrame", "PackListing", "Reuse", "ReuseSource"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,8 +90,11 @@ class ReuseSource:
     """One pinned manifest, as a witness of frames. May be used by many threads."""
 
     def __init__(self, reader: DiskReader, table: SessionTable, listing: PackListing) -> None:
+        manifest = reader.manifest
         self.reader = reader
-        self._manifest = reader.manifest
+        self._packs = _pack_keys(manifest.packs())
+        self._places = {ref.sid: place for place, ref in enumerate(manifest.sessions) if ref.sid}
+        self._sessions = manifest.sessions
         self._table = table
         self._listing = listing
 
@@ -96,7 +103,7 @@ class ReuseSource:
 
         `session` is a place in *this* manifest's table; the pack must be one that it refers to.
         """
-        ref = self._manifest.sessions[session]
+        ref = self._sessions[session]
         number = seq // PACKS_PER_INDEX
         digest = dict(ref.index).get(number)
         try:
@@ -114,6 +121,33 @@ class ReuseSource:
         if place is None:
             return None
         return header, Found(place, seq, offset, header.clen, -(-header.rlen // GRAIN))
+
+    def place_of(self, sid: str, seq: int) -> int | None:
+        """Where the session stands in the manifest's table, if the manifest refers to that pack.
+
+        Packs that it does not refer to are not spared by pinning it.
+        """
+        place = self._places.get(SessionId(sid))
+        if place is None or not 0 <= seq < 1 << 32:
+            return None
+        key = np.uint64(place << 32 | seq)
+        at = int(np.searchsorted(self._packs, key))
+        return place if at < len(self._packs) and self._packs[at] == key else None
+
+    def check(
+        self, session: int, seq: int, offset: int, digest: bytes, length: int
+    ) -> Found | None:
+        """What `refer` finds there, if it has that digest and length."""
+        referred = self.refer(session, seq, offset)
+        if referred is None or (referred[0].digest, referred[0].rlen) != (digest, length):
+            return None
+        return referred[1]
+
+
+def _pack_keys(packs: Packs) -> NDArray[np.uint64]:
+    rows = packs.rows.astype(np.uint64)
+    keys: NDArray[np.uint64] = (rows[:, 0] << np.uint64(32)) | rows[:, 1]
+    return keys
 
 
 class FrameFinder(Protocol):

@@ -50,6 +50,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
         " --rate 1.5M --max-guest-delay 7 --audit 9 --bitmap a=qemu:dirty-bitmap:b --since 12"
         " --quiesce --agent /a"
         " --tag gold --tag old -q"
+        " --base latest --digest-cache /tmp/c"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -74,6 +75,8 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "quiesce": True,
                 "agent": "/a",
                 "tags": ("gold", "old"),
+                "base": "latest",
+                "digest_cache": "/tmp/c",
                 "progress": None,
             },
         )

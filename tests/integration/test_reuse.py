@@ -86,3 +86,32 @@ def test_a_full_of_a_new_chain_is_compared_with_the_disk_in_another_one(
         copy = the_disk(keeper.backup(vm.uri, "copy"))
     assert other.reused_bytes == copy.reused_bytes == 8 * MIB
     assert max(other.stored_bytes, copy.stored_bytes) < 20_000
+
+
+def test_clones_of_a_template_store_it_once_with_a_base_or_a_cache(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    golden = create_disk(tmp_path, "vda", tools=qemu_tools)
+    with Vm([golden], tools=qemu_tools) as vm:
+        for number in range(8):
+            vm.qemu_io("vda", f"write -P {number + 1} {number}M 1M")
+        cache = tmp_path / "cache"
+        first = keeper.backup(vm.uri, "copy", vm="golden", digest_cache=cache)
+        vm.quit()
+    stored = []
+    for name, options in (("a", {"base": first.backup}), ("b", {"digest_cache": cache})):
+        folder = tmp_path / name
+        folder.mkdir()
+        disk = create_disk(
+            folder, "vda", tools=qemu_tools, options=f"backing_file={golden.path},backing_fmt=qcow2"
+        )
+        with Vm([disk], tools=qemu_tools) as vm:
+            vm.qemu_io("vda", "write -P 99 20M 64k")
+            result = keeper.backup(vm.uri, vm=name, **options)
+            vm.qemu_io("vda", "flush")
+            restored = keeper.restore(result.backup)["vda"]
+            compare(restored, disk.path, other_format="qcow2", tools=qemu_tools)
+        info = the_disk(result)
+        assert info.reused_bytes == 8 * MIB
+        stored.append(info.stored_bytes)
+    assert max(stored) < 5000
