@@ -21,6 +21,7 @@ from nbdpull.model.results import (
     BackupInfo,
     BackupResult,
     CleanupResult,
+    CopyResult,
     DoctorResult,
     EstimateResult,
     ForgetResult,
@@ -41,6 +42,7 @@ from nbdpull.model.retention import Policy
 __all__ = [
     "backup",
     "cleanup",
+    "copy",
     "doctor",
     "estimate",
     "forget",
@@ -616,6 +618,43 @@ async def gc(
         keys=keys,
     )
     return await op.gc(options, progress=progress)
+
+
+async def copy(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    backups: Sequence[str] = (),
+    *,
+    keys: KeySource | None = None,
+    progress: ProgressCallback | None = None,
+) -> CopyResult:
+    """Copy backups verbatim into a replica; what is there already is not copied again.
+
+    Args:
+        source: the repository.
+        target: its replica, in any store; it is made where there is nothing.
+        backups: ids, unique prefixes or ``latest``; none means all complete ones.
+        keys: what opens an encrypted repository; None looks in the environment. A replica is opened
+            with the same.
+        progress: is told what happens, from other threads.
+
+    Raises:
+        UsageError: the target holds something else than a repository.
+        RepositoryNotFoundError: there is no source.
+        BackupNotFoundError: no backup fits one of `backups`, or more than one.
+        RepositoryError: the target is another repository, or a backup is incomplete.
+        WrongKeyError: the key does not open it.
+        DamagedError: an object is not what was written; nothing wrong was copied.
+        InUseError: a garbage collection runs on the target.
+        StoreError: a store failed; another copy goes on where this one ended.
+    """
+    names = _names("backups", backups)
+    from nbdpull.ops import copy as op
+
+    options = op.CopyOptions(
+        source=os.fspath(source), target=os.fspath(target), backups=names, keys=keys
+    )
+    return await op.copy(options, progress=progress)
 
 
 async def repack(

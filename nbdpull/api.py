@@ -26,6 +26,7 @@ __all__ = [
     "backup",
     "cancellable",
     "cleanup",
+    "copy",
     "doctor",
     "estimate",
     "forget",
@@ -198,6 +199,7 @@ undo = _blocking(aio.undo)
 protect = _blocking(aio.protect)
 unprotect = _blocking(aio.unprotect)
 gc = _blocking(aio.gc)
+copy = _blocking(aio.copy)
 repack = _blocking(aio.repack)
 key_list = _blocking(aio.key_list)
 key_add = _blocking(aio.key_add)

@@ -32,6 +32,7 @@ _VERBS = (
     "protect",
     "unprotect",
     "gc",
+    "copy",
     "repack",
     "key",
     "estimate",

@@ -13,6 +13,7 @@ __all__ = [
     "BackupInfo",
     "BackupResult",
     "CleanupResult",
+    "CopyResult",
     "Damage",
     "DiskEstimate",
     "DiskInfo",
@@ -449,6 +450,27 @@ class UndoResult:
 
     restored: tuple[str, ...]
     unchanged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyResult:
+    """What a copy brought into a replica.
+
+    Attributes:
+        copied: backups of which anything had to be written.
+        present: backups that were there whole already.
+        forgotten: backups that were left out, because they were forgotten in the replica.
+        objects, written_bytes: what was written.
+    """
+
+    source: str
+    target: str
+    copied: tuple[str, ...]
+    present: tuple[str, ...] = ()
+    forgotten: tuple[str, ...] = ()
+    objects: int = 0
+    written_bytes: int = 0
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

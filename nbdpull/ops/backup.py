@@ -347,6 +347,7 @@ async def backup(
     if options.since is not None and not options.bitmaps:
         raise UsageError("--since is about the changes that --bitmap tells; give both, or neither")
     repository = await call(Repository.open, options.repository, write=True, keys=options.keys)
+    await call(repository.check_original)
 
     def say(text: str) -> None:
         if progress is not None:

@@ -18,7 +18,9 @@ __all__ = ["CONFIG", "new_store", "open_store", "tidy"]
 
 CONFIG: Final = "nbdpull.json"
 # In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
-_NOTHING: Final = re.compile(rf"lost\+found|key(/.*)?|{PROBE}[0-9a-f]{{16}}.*|\.tmp-.*")
+_NOTHING: Final = re.compile(
+    rf"lost\+found|key(/.*)?|replica\.json|{PROBE}[0-9a-f]{{16}}.*|\.tmp-.*"
+)
 
 
 def open_store(location: str) -> Store:

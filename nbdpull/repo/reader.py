@@ -309,6 +309,16 @@ class DiskReader:
         """Every pack that the backup needs, as (session, seq)."""
         return self.manifest.packs()
 
+    def check_frames(self, session: int, seq: int) -> None:
+        """Read and hash every frame of a pack.
+
+        Raises:
+            DamagedError: one is not what was written.
+        """
+        for entry in self.directory(session, seq).entries:
+            kind = FrameKind(int(entry["kind"]))
+            self._frame(session, seq, int(entry["offset"]), int(entry["clen"]), kind)
+
     def check_pack(self, session: int, seq: int) -> None:
         """Compare what stands around the frames of a pack: its header, directory and footer.
 

@@ -48,6 +48,7 @@ from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo import marks as marking
 from nbdpull.repo.catalog import Backup, Entry, group
 from nbdpull.repo.collect import Collector
+from nbdpull.repo.copier import REPLICA, Copier, replica_mark
 from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.digestindex import DigestIndex
@@ -172,6 +173,51 @@ class Repository:
         if write:
             tidy(store)
         return cls(store, location, config, vault)
+
+    def copier(self, location: str, *, check: Callable[[], None] = lambda: None) -> Copier:
+        """What copies backups of this repository into its replica at `location`, made if need be.
+
+        Raises:
+            UsageError: something else is there.
+            RepositoryError: another repository is there.
+            StoreError: the storage can't be used.
+        """
+        try:
+            store, config = self._settings(location, write=True)
+        except RepositoryNotFoundError:
+            store, keys = new_store(location)
+            able = probe(store, keys=keys).capabilities
+            config = Config.new(self.id, able, encrypted=self.config.encrypted)
+            # The mark first: no replica is ever there that looks like an original.
+            with suppress(KeyExistsError):
+                store.create(REPLICA, replica_mark())
+            with suppress(KeyExistsError):
+                store.create(CONFIG, config.encode())
+            store, config = self._settings(location, write=True)
+        if config.id != self.id:
+            raise RepositoryError(
+                f"{location} is repository {config.id}, expected a replica of {self.id}; copy into an"
+                " empty place"
+            )
+        return Copier(
+            self._store,
+            store,
+            reader=lambda below, manifest: DiskReader(below, manifest, self._vault),
+            frames=self._vault is None or self._vault.ring.opens_data,
+            check=check,
+        )
+
+    def check_original(self) -> None:
+        """See that backups may be added.
+
+        Raises:
+            UsageError: it is a replica. Two of one id would take each other's checkpoints for leftovers.
+        """
+        if marking.there(self._store, REPLICA):
+            raise UsageError(
+                f"{self.location} is a replica, which backups are only copied to; if its original is"
+                f" gone for good, delete {REPLICA} in it to go on with it"
+            )
 
     @classmethod
     def slots(cls, location: str) -> Slots:

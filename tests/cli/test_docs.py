@@ -63,6 +63,7 @@ def test_every_exit_code_is_documented() -> None:
         ("nbdpull protect", nbdpull.ProtectResult),
         ("nbdpull unprotect", nbdpull.ProtectResult),
         ("nbdpull gc", nbdpull.GcResult),
+        ("nbdpull copy", nbdpull.CopyResult),
         ("nbdpull repack", nbdpull.RepackResult),
         ("nbdpull estimate", nbdpull.EstimateResult),
         ("nbdpull estimate", nbdpull.DiskEstimate),

@@ -1,0 +1,42 @@
+"""nbdpull copy."""
+
+from __future__ import annotations
+
+import click
+
+from nbdpull import api
+from nbdpull.cli.console import Console, one_line
+from nbdpull.cli.options import verb
+from nbdpull.cli.password import keys_of_user
+from nbdpull.cli.progress import show_progress
+from nbdpull.model.results import CopyResult
+from nbdpull.units import format_duration, format_size
+
+__all__ = ["command"]
+
+
+@click.command("copy", short_help="Copy backups into a replica.")
+@click.argument("source", metavar="REPO1")
+@click.argument("target", metavar="REPO2")
+@click.argument("backups", metavar="[BACKUP]...", nargs=-1)
+@verb
+def command(console: Console, source: str, target: str, backups: tuple[str, ...]) -> int:
+    """Copy the named backups of REPO1, or all, into REPO2, which becomes or is its replica.
+
+    Objects are copied as they are, each one checked on its way. What is there is not copied again, so
+    a copy that was interrupted goes on where it ended.
+    """
+    with show_progress(console) as progress:
+        result = api.copy(source, target, backups, keys=keys_of_user(), progress=progress)
+    console.result(result, lambda: _text(result))
+    return 0
+
+
+def _text(result: CopyResult) -> str:
+    parts = [f"{len(result.copied)} backups copied", f"{len(result.present)} there already"]
+    if result.forgotten:
+        parts.append(f"{len(result.forgotten)} left out, because they were forgotten there")
+    return one_line(
+        f"{', '.join(parts)}; {result.objects} objects, {format_size(result.written_bytes)}"
+        f" in {format_duration(result.duration_s)}"
+    )
