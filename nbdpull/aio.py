@@ -112,6 +112,7 @@ async def backup(
     max_guest_delay_s: int | None = None,
     audit: int | None = None,
     bitmaps: Sequence[str] = (),
+    tls: str | os.PathLike[str] | None = None,
     since: str | None = None,
     quiesce: bool = False,
     agent: str | os.PathLike[str] | None = None,
@@ -144,6 +145,8 @@ async def backup(
             (default 45); then the backup is given up and the guest goes on. 1 to 3600.
         bitmaps: of NBD exports, ``[NAME=]qemu:dirty-bitmap:BITMAP``: it is believed to hold what changed
             since the chain's last backup, for a differential since its last full.
+        tls: folder of X.509 certificates, or file of shared keys: QEMU serves over TCP with TLS instead of on
+            a unix socket, and ``nbds://`` addresses are reached with it.
         since: id, or its beginning, of the backup that `bitmaps` count from; refused when it is another.
         quiesce: let the guest's agent (qemu-ga) freeze the guest's file systems at the point in time, for
             milliseconds. Without it a backup is what a power cut would leave.
@@ -212,6 +215,7 @@ async def backup(
         max_guest_delay_s=max_guest_delay_s or op.GUEST_DELAY_S,
         audit=op.AUDIT if audit is None else audit,
         bitmaps=_names("bitmaps", bitmaps),
+        tls=None if tls is None else os.fspath(tls),
         since=since,
         quiesce=quiesce,
         agent=None if agent is None else os.fspath(agent),
@@ -232,6 +236,7 @@ async def restore(
     disk: str | None = None,
     format: Literal["raw", "qcow2"] = "raw",  # noqa: A002 - the option's name
     force: bool = False,
+    tls: str | os.PathLike[str] | None = None,
     keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> RestoreResult:
@@ -244,6 +249,7 @@ async def restore(
         vm: only look among the backups of this VM.
         disk: only this disk; None is all of them.
         format: of the files in a folder; everything else takes raw.
+        tls: folder of X.509 certificates, or file of shared keys, for an ``nbds://`` target.
         force: replace files that exist, and write to a device in use.
         keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
@@ -268,6 +274,7 @@ async def restore(
         disk=disk,
         format=format,
         force=force,
+        tls=None if tls is None else os.fspath(tls),
         keys=keys,
     )
     return await op.restore(options, progress=progress)

@@ -9,7 +9,7 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console
-from nbdpull.cli.options import SIZE, repository_option, source_argument, verb
+from nbdpull.cli.options import SIZE, repository_option, source_argument, tls_option, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
@@ -98,6 +98,7 @@ def chain_option(function: _F) -> _F:
     help="With --guest-first: give the backup up when a write of the guest has waited so long for the"
     " scratch space (default 45).",
 )
+@tls_option
 @click.option(
     "--bitmap",
     multiple=True,
@@ -162,6 +163,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     compression_level: int,
     rate: int | None,
     max_guest_delay: int | None,
+    tls: str | None,
     bitmap: tuple[str, ...],
     since: str | None,
     audit: int | None,
@@ -199,6 +201,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             compression_level=compression_level,
             rate=rate,
             max_guest_delay_s=max_guest_delay,
+            tls=tls,
             bitmaps=bitmap,
             since=since,
             audit=audit,

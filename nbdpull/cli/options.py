@@ -12,7 +12,7 @@ from nbdpull.cli.console import Console, ProgressMode
 from nbdpull.cli.run import run_verb
 from nbdpull.units import parse_size
 
-__all__ = ["SIZE", "repository_option", "source_argument", "verb", "vm_option"]
+__all__ = ["SIZE", "repository_option", "source_argument", "tls_option", "verb", "vm_option"]
 
 _P = ParamSpec("_P")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -65,6 +65,16 @@ def repository_option(
 def source_argument(function: _F) -> _F:
     """SOURCE: one, or all images of a VM."""
     return click.argument("source", metavar="SOURCE...", nargs=-1, required=True)(function)
+
+
+def tls_option(function: _F) -> _F:
+    """``--tls``."""
+    return click.option(
+        "--tls",
+        metavar="PATH",
+        help="For NBD over TCP: a folder of certificates (ca-cert.pem, client-cert.pem, client-key.pem;"
+        " for a running VM server-cert.pem and server-key.pem too), or a file of shared keys (keys.psk).",
+    )(function)
 
 
 def vm_option(function: _F) -> _F:

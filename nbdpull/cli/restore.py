@@ -9,7 +9,7 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console
-from nbdpull.cli.options import repository_option, verb, vm_option
+from nbdpull.cli.options import repository_option, tls_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.tables import table
@@ -40,8 +40,9 @@ __all__ = ["command"]
 )
 @vm_option
 @click.option("--force", is_flag=True, help="Replace files, and write to a device in use.")
+@tls_option
 @verb
-def command(
+def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
     backup: str,
     repository: str,
@@ -50,6 +51,7 @@ def command(
     format_: Literal["raw", "qcow2"],
     vm: str | None,
     force: bool,
+    tls: str | None,
 ) -> int:
     """Restore BACKUP: an id, the beginning of one, or 'latest'.
 
@@ -76,6 +78,7 @@ def command(
             disk=disk,
             format=format_,
             force=force,
+            tls=tls,
             keys=keys_of_user(),
             progress=progress,
         )

@@ -361,6 +361,8 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
         # read of 128 KiB whose every other 512 bytes are zero doesn't fit a socket: a stopped client
         # froze QEMU 7.2 and 10 with this one request.
         handle.set_request_structured_replies(bool(contexts))
+        # Where certificates lie comes from the command line or the caller, as the URI itself does.
+        handle.set_uri_allow_local_file(urlsplit(uri).scheme.startswith("nbds"))
         handle.aio_connect_uri(uri)
     except nbd.Error as exc:
         check_uri(uri)

@@ -44,6 +44,7 @@ from nbdpull.model.results import (
     Quiesced,
 )
 from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.heal import Healer, lost_segments
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.reusing import Reusing
@@ -95,6 +96,7 @@ class BackupOptions:
         compression_level: of zstd, 1 to 19.
         rate: most bytes to read in a second; None for no limit.
         max_guest_delay_s: with `guest_first`, longest wait of a guest's write for the scratch.
+        tls: folder of certificates, or file of shared keys, for NBD over TCP.
         bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed since the chain's last backup (for a
             differential: last full), by whoever made them.
         since: id, or its beginning, of the backup that `bitmaps` count from; any other is refused.
@@ -123,6 +125,7 @@ class BackupOptions:
     max_guest_delay_s: int = GUEST_DELAY_S
     audit: int = AUDIT
     bitmaps: tuple[str, ...] = ()
+    tls: str | None = None
     since: str | None = None
     quiesce: bool = False
     agent: str | None = None
@@ -288,6 +291,13 @@ def backup_level(decisions: Iterable[Decision]) -> Level:
     return next((level for level in levels if level is not Level.FULL), Level.FULL)
 
 
+def _tls(options: BackupOptions) -> Tls | None:
+    if options.tls is None:
+        return None
+    ours = options.source[0].startswith("qmp") and options.nbd_address is None
+    return look_at_tls(options.tls, server=ours)
+
+
 def known_disks(repository: Repository, vm: str | None) -> Known:
     """What the repository's backups, of one VM or all, know of checkpoints that are found."""
     by_checkpoint: dict[str, list[KnownDisk]] = {}
@@ -342,6 +352,7 @@ async def backup(
         agent=options.agent,
         max_guest_delay_s=options.max_guest_delay_s,
         bitmaps=options.bitmaps,
+        tls=_tls(options),
     )
     check_source(options.source, qemu)
     if options.since is not None and not options.bitmaps:

@@ -17,6 +17,7 @@ from nbdpull.errors import DamagedError, RepositoryError, TargetError, UsageErro
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
+from nbdpull.nbdio.tls import look_at_tls, with_tls
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.lost import record_lost
 from nbdpull.ops.meter import Meter
@@ -52,6 +53,7 @@ class RestoreOptions:
         format: of the files in a folder; everywhere else it is raw.
         force: replace existing files, write to a device in use, and take one disk out of an
             incomplete backup.
+        tls: folder of certificates, or file of shared keys, for an ``nbds://`` target.
         keys: what opens an encrypted repository; None looks in the environment.
     """
 
@@ -62,6 +64,7 @@ class RestoreOptions:
     disk: str | None = None
     format: Literal["raw", "qcow2"] = "raw"
     force: bool = False
+    tls: str | None = None
     keys: KeySource | None = None
 
 
@@ -183,6 +186,8 @@ def _place(
             f"can't restore to '{to}'; expected a folder, -, nbd://..., nbd+unix:///...?socket=... or"
             " a block device"
         )
+    if options.tls is not None and not scheme:
+        raise UsageError(f"--tls is about NBD exports, and the target is '{to}'; leave it out")
     single = to == "-" or bool(scheme) or Path(to).is_block_device()
     if not single:
         return _place_files(options, chosen, cancel)
@@ -198,6 +203,8 @@ def _place(
         sys.stdout.flush()
         return lambda _summary: Stream(1, cancel)
     if scheme:
+        if options.tls is not None:
+            to = with_tls(to, look_at_tls(options.tls, server=False))
         return lambda summary: Export(to, summary.size, cancel=cancel, connections=worker_count())
     return lambda summary: BlockDevice(to, summary.size, force=options.force)
 

@@ -36,8 +36,11 @@ from nbdpull.errors import (
     SourceError,
 )
 from nbdpull.model.results import GuestCost, Quiesced
+from nbdpull.nbdio.connection import with_export
+from nbdpull.nbdio.tls import Tls, with_tls
 from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
+from nbdpull.source.loopback import LOOPBACK, start_on_loopback
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
@@ -68,6 +71,8 @@ class QemuOptions:
         agent: the agent's socket; None asks QEMU for it.
         max_guest_delay_s: with `guest_first`, how long a guest's write may wait for the scratch before the
             backup is given up instead.
+        tls: certificates or shared keys: QEMU serves on TCP of this machine, with TLS, instead of on a unix
+            socket; and NBD addresses of others are reached with them.
         bitmaps: of NBD exports, ``[NAME=]CONTEXT``: what changed, by whoever made the exports.
     """
 
@@ -79,6 +84,7 @@ class QemuOptions:
     scratch: str | None = None
     force: bool = False
     bitmaps: tuple[str, ...] = ()
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +288,11 @@ class QemuPointInTime:
             self._push_delete(node)
 
     async def _serve(self, uri_of: Callable[[str], str]) -> None:
-        if self._options.nbd_address is None:
+        tls = self._options.tls
+        if self._options.nbd_address is None and tls is not None:
+            address = await self._start_tls_server(tls)
+            uri_of = partial(with_export, address)
+        elif self._options.nbd_address is None:
             path = self._rundir.socket
             try:
                 await self._monitor.execute(
@@ -325,6 +335,28 @@ class QemuPointInTime:
                 ServedDisk(disk=plan.disk, uri=uri_of(export), context=context, whole=whole)
             )
         self.disks = tuple(served)
+
+    async def _start_tls_server(self, tls: Tls) -> str:
+        """Start QEMU's NBD server on loopback with TLS, and return its address."""
+        creds = self._names.tls
+        await self._monitor.execute(
+            "object-add",
+            {
+                "qom-type": "tls-creds-x509" if tls.user is None else "tls-creds-psk",
+                "id": creds,
+                "dir": tls.folder,
+                "endpoint": "server",
+                **({"verify-peer": True} if tls.user is None else {}),
+            },
+        )
+        self._push("removing its TLS files", partial(self._delete_object, creds))
+        self._rundir.mark_server()
+        port = await start_on_loopback(self._monitor, creds)
+        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+        return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
+
+    async def _delete_object(self, name: str) -> None:
+        await self._monitor.execute("object-del", {"id": name})
 
     # -- watching it -------------------------------------------------------------------------------
 

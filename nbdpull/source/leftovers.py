@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from nbdpull.errors import CommandError
 from nbdpull.source.base import Committed, LiveRun, Swept
-from nbdpull.source.names import checkpoint_parts, run_of
+from nbdpull.source.names import RunNames, checkpoint_parts, run_of
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import FoundRun, find_run, find_runs
 
@@ -236,6 +236,10 @@ class _Sweeper:
             problem = await _try(self.monitor, "nbd-server-stop", {})
             if problem is None:
                 self.swept.removed.append(f"NBD server of run {self.run}")
+        if self.folder.server:
+            creds = RunNames(self.run).tls
+            if await _try(self.monitor, "object-del", {"id": creds}) is None:
+                self.swept.removed.append(f"object {creds}")
         await asyncio.to_thread(self.folder.remove)
         self.swept.removed.append(f"scratch folder of run {self.run}")
 

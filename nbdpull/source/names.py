@@ -1,6 +1,7 @@
 """The names that nbdpull gives to what it makes in QEMU: by them it knows its own again.
 
     np-<run>-scr0, -cbw0, -acc0, -bk0, -e0     nodes, jobs and exports of one run; gone when it ends
+    np-<run>-tls                               object: what the NBD server is secured with
     np-<run>-exp                               bitmap: what this run exports; gone when it ends
     nbdpull-<chain>-<backup>                   bitmap: a checkpoint; records what changed since a backup
 
@@ -78,6 +79,11 @@ class RunNames:
     def job(self, index: int) -> str:
         """The backup job that owns the filter."""
         return f"np-{self.run}-bk{index}"
+
+    @property
+    def tls(self) -> str:
+        """The object that holds the NBD server's certificates or keys."""
+        return f"np-{self.run}-tls"
 
     def export(self, index: int) -> str:
         """The NBD export: its id in QEMU, and its name for clients."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from nbdpull.errors import UsageError
 from nbdpull.nbdio.connection import check_uri
+from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.address import (
     ExportAddress,
     ImageAddress,
@@ -55,6 +57,15 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
                 )
     elif qemu.nbd_address is not None:
         check_uri(qemu.nbd_address)
+        if qemu.tls is not None:
+            with_tls(qemu.nbd_address, qemu.tls)
+    if qemu.tls is not None:
+        if isinstance(address, tuple) and not exports:
+            raise UsageError(
+                "--tls is about NBD over TCP, and images are read over a private socket"
+            )
+        for export in exports:
+            with_tls(export.uri, qemu.tls)
     return address
 
 
@@ -84,7 +95,11 @@ async def open_source(
         return
     exports = [one for one in address if isinstance(one, ExportAddress)]
     if exports:
-        yield ExportSource(exports, parse_bitmaps(qemu.bitmaps, exports))
+        contexts = parse_bitmaps(qemu.bitmaps, exports)
+        if qemu.tls is not None:
+            tls = qemu.tls
+            exports = [replace(export, uri=with_tls(export.uri, tls)) for export in exports]
+        yield ExportSource(exports, contexts)
         return
     images = [one for one in address if isinstance(one, ImageAddress)]
     offline = OfflineSource(images, scratch=qemu.scratch, known=known)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from nbdpull.model.results import Finding
 from nbdpull.nbdio.connection import unix_uri, with_export
+from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (
     Committed,
     DiskPlan,
@@ -106,10 +107,10 @@ class QemuSource:
         ]
 
         def uri_of(export: str) -> str:
-            address = self._options.nbd_address
-            return (
-                unix_uri(rundir.socket, export) if address is None else with_export(address, export)
-            )
+            address, tls = self._options.nbd_address, self._options.tls
+            if address is None:
+                return unix_uri(rundir.socket, export)
+            return with_export(address if tls is None else with_tls(address, tls), export)
 
         try:
             async with freeze(

@@ -6,6 +6,7 @@ nbdpull-<run>/
     paused        there only while this run has paused the guest (mode C's few milliseconds)
     disk<n>.raw   scratch, sparse
     held          room that is held back, see `scratch`
+    server        there when this run started an NBD server that listens elsewhere
     nbd.sock      made by QEMU; there as long as the server that this run started
 """
 
@@ -158,6 +159,11 @@ class RunDir:
         with suppress(OSError):
             (self.path / "held").unlink()
 
+    def mark_server(self) -> None:
+        """Note that this run starts an NBD server that has no socket here."""
+        with suppress(FileExistsError):
+            os.close(self._make("server"))
+
     def mark_paused(self, *, paused: bool) -> None:
         """Note that this run has stopped the guest, for whoever cleans up after a crash."""
         if paused:
@@ -233,7 +239,7 @@ def find_run(path: Path) -> FoundRun | None:
         path=path,
         alive=alive,
         paused=(path / "paused").exists(),
-        server=(path / "nbd.sock").is_socket(),
+        server=(path / "nbd.sock").is_socket() or (path / "server").exists(),
         source=source if isinstance(source, str) else None,
         chain=chain if isinstance(chain, str) else None,
         pid=pid if isinstance(pid, int) else None,

@@ -48,7 +48,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
         "backup qmp:/s -r repo -l diff -i a --include b -x c --exclude d --chain other --vm web"
         " --guest-first --nbd-address nbd://localhost --scratch /tmp/x --force --compression-level 3"
         " --rate 1.5M --max-guest-delay 7 --audit 9 --bitmap a=qemu:dirty-bitmap:b --since 12"
-        " --quiesce --agent /a"
+        " --quiesce --agent /a --tls /t"
         " --tag gold --tag old -q"
         " --base latest --digest-cache /tmp/c"
     )
@@ -74,6 +74,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "since": "12",
                 "quiesce": True,
                 "agent": "/a",
+                "tls": "/t",
                 "tags": ("gold", "old"),
                 "base": "latest",
                 "digest_cache": "/tmp/c",
@@ -184,7 +185,14 @@ def test_restore_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     assert calls == [
         (
             ("repo", "aa", "out"),
-            {"vm": "web", "disk": "vda", "format": "qcow2", "force": True, "progress": None},
+            {
+                "vm": "web",
+                "disk": "vda",
+                "format": "qcow2",
+                "force": True,
+                "tls": None,
+                "progress": None,
+            },
         )
     ]
 
