@@ -50,19 +50,33 @@ def running_backup(
                 client.kill()
 
 
+SLOWLY = ("--rate", "32M")
+"""So that a pull of `disks` takes seconds."""
+
+
+def noisy(folder: Path, tools: QemuTools, *, noise: int, size: int) -> list[Disk]:
+    """Two disks that begin with random data."""
+    made = [create_disk(folder, name, size=size, tools=tools) for name in ("vda", "vdb")]
+    for disk in made:
+        raw = folder / "noise"
+        with raw.open("wb") as file:
+            for _ in range(noise // (8 * MIB)):
+                file.write(os.urandom(8 * MIB))
+        run([tools.qemu_img, "convert", "-f", "raw", "-O", "qcow2", raw, disk.path])
+        raw.unlink()
+        run([tools.qemu_img, "resize", "-q", disk.path, str(size)])
+    return made
+
+
 @pytest.fixture
 def disks(tmp_path: Path, qemu_tools: QemuTools) -> list[Disk]:
-    """Two disks with enough data that a pull takes seconds."""
-    made = [create_disk(tmp_path, name, size=1 << 30, tools=qemu_tools) for name in ("vda", "vdb")]
-    for disk in made:
-        noise = tmp_path / "noise"
-        with noise.open("wb") as file:
-            for _ in range(64):
-                file.write(os.urandom(8 * MIB))
-        run([qemu_tools.qemu_img, "convert", "-f", "raw", "-O", "qcow2", noise, disk.path])
-        noise.unlink()
-        run([qemu_tools.qemu_img, "resize", "-q", disk.path, str(1 << 30)])
-    return made
+    return noisy(tmp_path, qemu_tools, noise=64 * MIB, size=256 * MIB)
+
+
+@pytest.fixture
+def large_disks(tmp_path: Path, qemu_tools: QemuTools) -> list[Disk]:
+    """A pull at full speed takes seconds, with requests on their way at any moment."""
+    return noisy(tmp_path, qemu_tools, noise=512 * MIB, size=1 << 30)
 
 
 def answers(vm: QemuProcess) -> float:
@@ -95,7 +109,7 @@ def test_killed_client_leaves_a_guest_that_goes_on(
     with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
         first = keeper.backup(vm.uri)
         vm.wait_written(10)
-        with running_backup(vm, keeper, "-l", "full", *mode) as client:
+        with running_backup(vm, keeper, "-l", "full", *SLOWLY, *mode) as client:
             client.send_signal(signal.SIGKILL)
             client.wait()
         vm.wait_written(10)
@@ -126,7 +140,7 @@ def test_the_next_backup_cleans_up_after_a_killed_one(
     qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk]
 ) -> None:
     with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
-        with running_backup(vm, keeper) as client:
+        with running_backup(vm, keeper, *SLOWLY) as client:
             client.kill()
             client.wait()
         vm.wait_written(5)
@@ -145,7 +159,7 @@ def test_a_signal_tears_down_before_the_exit(
     qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], number: signal.Signals
 ) -> None:
     with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
-        with running_backup(vm, keeper) as client:
+        with running_backup(vm, keeper, *SLOWLY) as client:
             client.send_signal(number)
             output, _ = client.communicate(timeout=30)
         assert client.returncode == 128 + number
@@ -158,10 +172,10 @@ def test_a_signal_tears_down_before_the_exit(
 
 @pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
 def test_stopped_client_does_not_freeze_the_vm(
-    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], mode: tuple[str, ...]
+    qemu_tools: QemuTools, keeper: Keeper, large_disks: list[Disk], mode: tuple[str, ...]
 ) -> None:
     writer = BootWriter()
-    with Vm(disks, tools=qemu_tools, writer=writer) as vm:
+    with Vm(large_disks, tools=qemu_tools, writer=writer) as vm:
         with running_backup(vm, keeper, *mode) as client:
             client.send_signal(signal.SIGSTOP)
             end = time.monotonic() + 30
@@ -198,7 +212,7 @@ def test_killed_client_of_a_storage_daemon(
     qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk]
 ) -> None:
     with StorageDaemon(disks, tools=qemu_tools) as daemon:
-        with running_backup(daemon, keeper, "--vm", "daemon") as client:
+        with running_backup(daemon, keeper, "--vm", "daemon", *SLOWLY) as client:
             client.kill()
             client.wait()
         assert answers(daemon) < 5
