@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,34 +48,48 @@ def _search(arguments: argparse.Namespace) -> str:
 
 def _schedules(arguments: argparse.Namespace) -> str:
     calls = committed = 0
+    played_seeds = 0
+    end = time.monotonic() + arguments.seconds
     for seed in range(arguments.seed, arguments.seed + arguments.size):
+        if time.monotonic() > end:
+            break
+        played_seeds += 1
         try:
             played = play(seed, kills=0.2 * (seed % 2))
         except AssertionError as exc:
             raise AssertionError(f"seed {seed}: {exc}") from exc
         calls += played.calls
         committed += played.committed
-    return f"{arguments.size} schedules of {calls} calls, {committed} commits"
+    return f"{played_seeds} schedules of {calls} calls, {committed} commits"
 
 
 def _kill_points(arguments: argparse.Namespace) -> str:
     told = []
+    end = time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         campaign = KillPoints(Path(folder) / "kills", arguments.seed)
         total = 0
         for operation in arguments.operation or OPERATIONS:
             points = list(campaign.points(operation))[:: arguments.every]
+            random.Random(arguments.seed).shuffle(points)  # noqa: S311 - to be played again
+            played = 0
             for point in points:
-                campaign.play(point)
-            total += len(points)
-            told.append(f"{operation} {len(points)}")
+                if time.monotonic() > end:
+                    break
+                campaign.play(point, thorough=played % 5 == 0)
+                played += 1
+            total += played
+            told.append(f"{operation} {played} of {len(points)}")
     return f"{total} kill points ({', '.join(told)})"
 
 
 def _soak(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         done = Soak(Path(folder), arguments.seed).run(
-            writers=arguments.writers, collectors=arguments.collectors, kills=arguments.size
+            writers=arguments.writers,
+            collectors=arguments.collectors,
+            kills=arguments.size,
+            seconds=arguments.seconds,
         )
     return (
         f"{arguments.writers} writers, {arguments.collectors} collectors, 1 forgetting, 1 repacking:"
@@ -86,7 +101,7 @@ def _soak(arguments: argparse.Namespace) -> str:
 def _power_cuts(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         campaign = PowerCut(Path(folder), arguments.seed)
-        cuts = campaign.run(arguments.size)
+        cuts = campaign.run(arguments.size, seconds=arguments.seconds)
     return f"{cuts} power cuts in a log of {campaign.length} steps, {campaign.commits} commits"
 
 
@@ -111,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--seed", type=int, default=1)
+        verb.add_argument(
+            "--seconds", type=float, default=float("inf"), help="end after so long; not for search"
+        )
         verb.add_argument("--folder", help="where temporary repositories are made")
         if size is not None:
             verb.add_argument("--size", type=int, default=size)

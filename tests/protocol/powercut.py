@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 from nbdpull.errors import Error
@@ -59,8 +60,8 @@ class PowerCut:
             world.repack(store)
             world.collect(store)
 
-    def run(self, cuts: int) -> int:
-        """Cut at so many moments, evenly spread; returns how many there were.
+    def run(self, cuts: int, *, seconds: float = float("inf")) -> int:
+        """Cut at so many moments, evenly spread, for at most so long; returns how many there were.
 
         Raises:
             AssertionError: something acknowledged is lost.
@@ -68,12 +69,17 @@ class PowerCut:
         moments = sorted({round(at * self.length / cuts) for at in range(1, cuts + 1)})
         survivors = Survivors()
         done = 0
+        tried = 0
+        end = time.monotonic() + seconds
         for moment in moments:
+            if time.monotonic() > end:
+                break
+            tried += 1
             for event in self._events[done:moment]:
                 survivors.add(event)
             done = moment
             self._cut(survivors, moment)
-        return len(moments)
+        return tried
 
     def _cut(self, survivors: Survivors, moment: int) -> None:
         root = self._folder / "after"

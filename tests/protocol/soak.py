@@ -68,15 +68,18 @@ class Soak:
         self._pids: dict[int, str] = {}
         self._next = seed << 20
 
-    def run(self, *, writers: int, collectors: int, kills: int) -> Soaked:
-        """Soak until so many processes were killed, and check.
+    def run(
+        self, *, writers: int, collectors: int, kills: int, seconds: float = float("inf")
+    ) -> Soaked:
+        """Soak until so many processes were killed, or for so long, and check.
 
         Raises:
             AssertionError: something acknowledged is lost.
         """
         roles = ["writer"] * writers + ["collector"] * collectors + ["forgetter", "repacker"]
         done = Soaked()
-        while done.kills < kills:
+        end = time.monotonic() + seconds
+        while done.kills < kills and time.monotonic() < end:
             for role in roles:
                 while list(self._pids.values()).count(role) < roles.count(role):
                     self._start(role)
