@@ -69,7 +69,12 @@ _GUEST_DELAYS_S = range(1, 3601)
 
 
 async def init(
-    repository: str | os.PathLike[str], *, encrypt: bool = False, keys: KeySource | None = None
+    repository: str | os.PathLike[str],
+    *,
+    encrypt: bool = False,
+    keys: KeySource | None = None,
+    lock_s: float | None = None,
+    lock_mode: Literal["governance", "compliance"] = "governance",
 ) -> InitResult:
     """Create an empty repository.
 
@@ -78,6 +83,9 @@ async def init(
             ``gs://bucket/prefix`` or ``az://container/prefix``.
         encrypt: everything in it. Who loses the password and every other key loses the backups.
         keys: the password; None looks in the environment.
+        lock_s: seconds for which S3's object lock keeps what backups consist of, each object from
+            when it is written; None is no lock. The bucket must have it.
+        lock_mode: whether those with a special permission can end a lock, or nobody.
 
     Returns:
         The new repository; its `warnings` say what the store can't be trusted with.
@@ -87,10 +95,20 @@ async def init(
         WrongKeyError: it is to be encrypted, and there is no password.
         StoreError: the storage refused, or can't hold a repository.
     """
+    from nbdpull.model.config import LOCK_MAX_S, LOCK_MODES, Lock
     from nbdpull.ops import init as op
 
+    lock = None
+    if lock_s is not None:
+        if not 1 <= lock_s <= LOCK_MAX_S:
+            raise UsageError(
+                f"a lock of {lock_s:.0f} seconds can't be; expected 1 second to 10 years"
+            )
+        if lock_mode not in LOCK_MODES:
+            raise UsageError(f"lock mode is '{lock_mode}'; expected governance or compliance")
+        lock = Lock(mode=lock_mode, duration_s=int(lock_s))
     return await op.init(
-        op.InitOptions(repository=os.fspath(repository), encrypt=encrypt, keys=keys)
+        op.InitOptions(repository=os.fspath(repository), encrypt=encrypt, keys=keys, lock=lock)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import click
 
 from nbdpull import api
@@ -9,6 +11,7 @@ from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb
 from nbdpull.cli.password import new_keys_of_user
 from nbdpull.cli.run import EXIT_WARNINGS
+from nbdpull.units import parse_duration
 
 __all__ = ["command"]
 
@@ -20,8 +23,22 @@ __all__ = ["command"]
     is_flag=True,
     help="Encrypt everything in it, under a password. It can't be undone.",
 )
+@click.option(
+    "--lock",
+    metavar="DURATION",
+    help="Have S3 lock what backups consist of, each object this long from when it is written (30d).",
+)
+@click.option(
+    "--lock-mode",
+    type=click.Choice(["governance", "compliance"]),
+    default="governance",
+    show_default=True,
+    help="Whether somebody with a special permission can end a lock, or nobody.",
+)
 @verb
-def command(console: Console, repository: str, encrypt: bool) -> int:
+def command(
+    console: Console, repository: str, encrypt: bool, lock: str | None, lock_mode: str
+) -> int:
     """Create an empty repository in a place that is new or empty.
 
     REPO is a folder, or s3://bucket/prefix, gs://bucket/prefix, az://container/prefix. The bucket must
@@ -30,7 +47,17 @@ def command(console: Console, repository: str, encrypt: bool) -> int:
     The password of an encrypted one is asked for, or comes from NBDPULL_PASSWORD_FILE,
     NBDPULL_PASSWORD_COMMAND or NBDPULL_PASSWORD. Who loses it loses the backups: see 'nbdpull key export'.
     """
-    result = api.init(repository, encrypt=encrypt, keys=new_keys_of_user())
+    try:
+        lock_s = None if lock is None else parse_duration(lock)
+    except ValueError as exc:
+        raise click.UsageError(f"--lock: {exc}") from exc
+    result = api.init(
+        repository,
+        encrypt=encrypt,
+        keys=new_keys_of_user(),
+        lock_s=lock_s,
+        lock_mode=cast("Literal['governance', 'compliance']", lock_mode),
+    )
     for warning in result.warnings:
         console.warning(warning)
     kind = "encrypted repository" if result.encrypted else "repository"

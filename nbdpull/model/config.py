@@ -15,21 +15,37 @@ from blake3 import blake3
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import is_hex
 
-__all__ = ["CONFIG_MAX", "FORMAT", "SINGLE_WRITER", "Config"]
+__all__ = ["CONFIG_MAX", "FORMAT", "LOCK_MAX_S", "LOCK_MODES", "SINGLE_WRITER", "Config", "Lock"]
 
 FORMAT: Final = 1
 CONFIG_MAX: Final = 64 << 10
 SINGLE_WRITER: Final = "single_writer"
 """The store does not refuse to overwrite: nothing may be collected beside a writer."""
+LOCK_MODES: Final = ("governance", "compliance")
+LOCK_MAX_S: Final = 10 * 366 * 86400
+_LOCK: Final = "lock"
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "read": frozenset({"encrypted"}),
-    "write": frozenset({SINGLE_WRITER}),
+    "write": frozenset({SINGLE_WRITER, _LOCK}),
     "gc": frozenset({SINGLE_WRITER}),
 }
 _SUITES: Final = {"digest": "blake3-256", "cipher": "none"}
 _SUITES_ENCRYPTED: Final = {"digest": "blake3-256-keyed", "cipher": "aes-256-gcm"}
 _ID_CHECK_DIGITS: Final = 16
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """How long objects are locked from when they are written, by the store's object lock.
+
+    Attributes:
+        mode: ``governance`` or ``compliance``.
+        duration_s: seconds, at least 1.
+    """
+
+    mode: str
+    duration_s: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +57,7 @@ class Config:
         features: names by what they concern: to ``read``, ``write`` or ``gc`` one must know them all.
         suites: which digest and which cipher.
         capabilities: what the probe at `init` found the store to do.
+        lock: of what backups consist of; None is none.
     """
 
     id: str
@@ -50,17 +67,26 @@ class Config:
     )
     suites: Mapping[str, str] = field(default_factory=lambda: dict(_SUITES))
     capabilities: Mapping[str, bool] = field(default_factory=dict)
+    lock: Lock | None = None
 
     @classmethod
-    def new(cls, own: str, capabilities: Mapping[str, bool], *, encrypted: bool) -> Config:
+    def new(
+        cls,
+        own: str,
+        capabilities: Mapping[str, bool],
+        *,
+        encrypted: bool,
+        lock: Lock | None = None,
+    ) -> Config:
         """The settings of a new repository."""
         alone = () if capabilities["create_only"] else (SINGLE_WRITER,)
         read = ("encrypted",) if encrypted else ()
         return cls(
             id=own,
-            features={"read": read, "write": alone, "gc": alone},
+            features={"read": read, "write": alone + ((_LOCK,) if lock else ()), "gc": alone},
             suites=dict(_SUITES_ENCRYPTED if encrypted else _SUITES),
             capabilities=capabilities,
+            lock=lock,
         )
 
     @property
@@ -70,7 +96,7 @@ class Config:
 
     def encode(self) -> bytes:
         """The object's bytes."""
-        fields = {
+        fields: dict[str, Any] = {
             "nbdpull": "repository",
             "format": self.format,
             "id": self.id,
@@ -79,6 +105,8 @@ class Config:
             "suites": dict(self.suites),
             "capabilities": dict(self.capabilities),
         }
+        if self.lock is not None:
+            fields["lock"] = {"mode": self.lock.mode, "seconds": self.lock.duration_s}
         return (json.dumps(fields, indent=2) + "\n").encode()
 
     @classmethod
@@ -113,6 +141,7 @@ class Config:
                 name: _typed(value, bool)
                 for name, value in _mapping(fields, "capabilities").items()
             },
+            lock=_lock(fields) if _LOCK in _names(features, "write") else None,
         )
 
     @property
@@ -145,6 +174,14 @@ def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"its '{name}' is no object")
     return value
+
+
+def _lock(fields: Mapping[str, Any]) -> Lock:
+    value = _mapping(fields, "lock")
+    mode, duration_s = value.get("mode"), value.get("seconds")
+    if mode not in LOCK_MODES or type(duration_s) is not int or not 0 < duration_s <= LOCK_MAX_S:
+        raise FormatError("its lock is none that can be")
+    return Lock(mode=mode, duration_s=duration_s)
 
 
 def _names(features: Mapping[str, Any], concern: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdpull.errors import UsageError, WrongKeyError
+from nbdpull.model.config import Lock
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import InitResult
 from nbdpull.ops.threads import call
@@ -21,11 +22,13 @@ class InitOptions:
     Attributes:
         encrypt: everything in it, under the password that `keys` gives.
         keys: None looks in the environment.
+        lock: of what backups consist of; None is none.
     """
 
     repository: str
     encrypt: bool = False
     keys: KeySource | None = None
+    lock: Lock | None = None
 
 
 async def init(options: InitOptions) -> InitResult:
@@ -54,7 +57,7 @@ def _init(options: InitOptions) -> InitResult:
             "a key is given, and the new repository is not to be encrypted; give --encrypt, or unset"
             f" {PASSWORD}, _FILE, _COMMAND and {KEY_FILE}"
         )
-    repository = Repository.create(options.repository, password=password)
+    repository = Repository.create(options.repository, password=password, lock=options.lock)
     return InitResult(
         repository=repository.location,
         id=repository.id,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from nbdpull.errors import UsageError
+from nbdpull.errors import StoreError, UsageError
+from nbdpull.model.config import Lock
 from nbdpull.repo.cloud import SCHEMES, parse_cloud
 from nbdpull.repo.local import LocalStore, sync_folder, told
 from nbdpull.repo.probe import LISTED, PROBE
 from nbdpull.repo.store import Store
 
-__all__ = ["CONFIG", "new_store", "open_store", "tidy"]
+__all__ = ["CONFIG", "check_lockable", "lock_store", "new_store", "open_store", "tidy"]
 
 CONFIG: Final = "nbdpull.json"
 # In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
@@ -42,6 +43,33 @@ def tidy(store: Store) -> None:
     """Remove what killed writers left that is no object; only a folder can have such."""
     if isinstance(store, LocalStore):
         store.remove_leftovers()
+
+
+def lock_store(store: Store, lock: Lock, *, trial: str | None = None) -> None:
+    """Have the store lock what backups consist of; `trial` is a key to try it with before.
+
+    Raises:
+        StoreError: the store has no locks, or the trial failed.
+    """
+    from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415
+
+    if not isinstance(store, ObjectStore) or store.cloud.scheme != "s3":
+        raise StoreError(
+            "the repository's settings ask for locks, which only S3 has; was it copied?"
+        )
+    if trial is not None:
+        store.try_lock(lock, trial)
+    store.lock(lock)
+
+
+def check_lockable(location: str) -> None:
+    """See that it is a place where objects can be locked.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if _scheme(location) != "s3":
+        raise UsageError("only a repository in S3 can be locked; leave --lock out, or use s3://")
 
 
 def new_store(location: str) -> tuple[Store, int]:

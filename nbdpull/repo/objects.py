@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,8 +24,11 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from nbdpull.errors import StoreError
+from nbdpull.model.config import Lock
 from nbdpull.repo.buffer import Budget, MemoryUpload
 from nbdpull.repo.cloud import Cloud
+from nbdpull.repo.objectlock import lock_headers, lockable, locked_until
+from nbdpull.repo.patience import PATIENCE, Patience
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
 from nbdpull.repo.trouble import Kind, Trouble, diagnose, without_secrets
 from nbdpull.version import __version__
@@ -35,38 +37,13 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as Handle
 
-__all__ = ["ObjectStore", "Patience"]
+__all__ = ["ObjectStore"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PIECE: Final = 1 << 20
 _SMALL: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long to wait for a store.
-
-    Attributes:
-        connect_s: for a connection.
-        small_s: for a request with at most 1 MiB, from its first byte to its last.
-        bulk_s: for a larger one; a pack of 32 MiB gets through at 110 KiB/s.
-        retry_s: how long a failing call is tried again, once the store has answered at all.
-        first_s: the same before its first answer: a wrong endpoint should be told soon.
-        pause_s, pause_max_s: between two tries; doubled each time.
-    """
-
-    connect_s: float = 10.0
-    small_s: float = 60.0
-    bulk_s: float = 300.0
-    retry_s: float = 300.0
-    first_s: float = 10.0
-    pause_s: float = 0.2
-    pause_max_s: float = 15.0
-
-
-PATIENCE: Final = Patience()
 
 
 class _Failed(Exception):
@@ -81,14 +58,12 @@ class ObjectStore:
         cloud: Cloud,
         *,
         patience: Patience = PATIENCE,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Connects to nothing yet.
 
         Args:
             cloud: where it is, and how to get in.
             patience: how long to wait for it.
-            headers: sent with each PUT.
         """
         self.cloud = cloud
         self._patience = patience
@@ -96,11 +71,8 @@ class ObjectStore:
         self._met = False
         self._small = self._handle(patience.small_s)
         self._bulk = self._handle(patience.bulk_s)
-        self._put_small, self._put_bulk = self._small, self._bulk
-        if headers:
-            # Not on the others: a listing does not sign them, and is refused.
-            self._put_small = self._handle(patience.small_s, headers=headers)
-            self._put_bulk = self._handle(patience.bulk_s, headers=headers)
+        self._lock: Lock | None = None
+        self._locking: dict[tuple[int, float], Handle] = {}
         # A listing comes in pages that only the library can try again one by one.
         self._pages = self._handle(patience.small_s, retry_s=patience.retry_s)
 
@@ -144,6 +116,53 @@ class ObjectStore:
         except (BaseError, ValueError) as exc:
             trouble = without_secrets(str(exc).partition("\n")[0])
             raise StoreError(f"can't use {self.cloud}: {trouble}") from _Failed(trouble)
+        return made
+
+    # -- object lock -------------------------------------------------------------------------------
+
+    def lock(self, lock: Lock) -> None:
+        """From now on have S3 lock every object that backups consist of, from when it is written."""
+        self._lock = lock
+
+    def try_lock(self, lock: Lock, key: str) -> None:
+        """See that the bucket takes locks, with an object that is locked for a minute.
+
+        Raises:
+            StoreError: it does not.
+        """
+        handle = self._locked(self._patience.small_s, lock.mode, time.time() + 60)
+
+        def work() -> bool:
+            made = obstore.put(handle, key, b"", mode="create", use_multipart=False)
+            return made["version"] is not None
+
+        done = self._call("lock", key, work)
+        if isinstance(done, Trouble) and done.kind is not Kind.REFUSED:
+            raise self._error("lock", key, done)
+        if done is not True:
+            words = f" ({done.words})" if isinstance(done, Trouble) else ""
+            raise StoreError(
+                f"bucket {self.cloud.bucket} locks no objects{words}; make one with object lock, or"
+                " leave --lock out"
+            )
+        self.delete(key)
+
+    def _locked(self, timeout_s: float, mode: str, until: float) -> Handle:
+        """A handle whose PUTs lock. Not for other calls: a listing is refused with such headers."""
+        return self._handle(timeout_s, headers=lock_headers(mode, until))
+
+    def _putter(self, key: str, size: int) -> Handle:
+        """The handle for a PUT."""
+        bulk = size > _SMALL
+        if self._lock is None or not lockable(key):
+            return self._bulk if bulk else self._small
+        timeout_s = self._patience.bulk_s if bulk else self._patience.small_s
+        # The headers are the handle's, so there is one for each hour, which ends after that hour.
+        hour = int(time.time() // 3600)
+        made = self._locking.get((hour, timeout_s))
+        if made is None:
+            until = locked_until(time.time(), self._lock)
+            made = self._locking[hour, timeout_s] = self._locked(timeout_s, self._lock.mode, until)
         return made
 
     # -- calls, tried again ------------------------------------------------------------------------
@@ -222,7 +241,7 @@ class ObjectStore:
 
     def put(self, key: str, data: memoryview, stopped: threading.Event | None = None) -> None:
         """Create an object of `data`, which must not change any more, not even after an error."""
-        handle = self._put_small if len(data) <= _SMALL else self._put_bulk
+        handle = self._putter(key, len(data))
 
         def work() -> None:
             obstore.put(handle, key, data, mode="create", use_multipart=False)
@@ -364,8 +383,19 @@ class ObjectStore:
             self.stat("nbdpull.json")
 
     def delete(self, key: str) -> None:
-        """See `Store.delete`."""
+        """See `Store.delete`. A locked object is refused here.
+
+        S3 itself would hide it behind a marker, keep its bytes, and free nothing.
+        """
         check_key(key)
+        if self._lock is not None and lockable(key):
+            try:
+                until = locked_until(self.stat(key).modified, self._lock)
+            except KeyMissingError:
+                return
+            if time.time() < until:
+                ends = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until))
+                raise AccessDeniedError(f"{self.cloud}/{key} is locked until {ends}")
         done = self._call("delete", key, lambda: obstore.delete(self._small, key))
         if isinstance(done, Trouble) and done.kind is not Kind.MISSING:
             raise self._error("delete", key, done)

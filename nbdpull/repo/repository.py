@@ -28,7 +28,7 @@ from nbdpull.errors import (
     UsageError,
     WrongKeyError,
 )
-from nbdpull.model.config import CONFIG_MAX, Config
+from nbdpull.model.config import CONFIG_MAX, Config, Lock
 from nbdpull.model.crypto import KEY_SIZE, Kdf
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, disk_id, is_hex, make_session_id
@@ -52,9 +52,9 @@ from nbdpull.repo.copier import REPLICA, Copier, replica_mark
 from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.digestindex import DigestIndex
-from nbdpull.repo.location import CONFIG, new_store, open_store, tidy
+from nbdpull.repo.location import CONFIG, check_lockable, lock_store, new_store, open_store, tidy
 from nbdpull.repo.password import wants_key
-from nbdpull.repo.probe import probe
+from nbdpull.repo.probe import PROBE, probe
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import Found, KnownFrame
 from nbdpull.repo.reuseplan import ReusePlan, pin_of
@@ -109,7 +109,12 @@ class Repository:
 
     @classmethod
     def create(
-        cls, location: str, *, password: bytes | None = None, kdf: Kdf | None = None
+        cls,
+        location: str,
+        *,
+        password: bytes | None = None,
+        kdf: Kdf | None = None,
+        lock: Lock | None = None,
     ) -> Repository:
         """Make a new repository.
 
@@ -117,15 +122,20 @@ class Repository:
             location: a folder that is not there yet, or is empty.
             password: None is without encryption.
             kdf: what the password goes through; None is Argon2id with 256 MiB.
+            lock: of what backups consist of, where the store has such.
 
         Raises:
             UsageError: there is one already, or a place that holds something else.
             StoreError: the storage can't be written, or does not do what a repository needs.
         """
+        if lock is not None:
+            check_lockable(location)
         store, keys = new_store(location)
         probed = probe(store, keys=keys)
         own = secrets.token_hex(16)
-        config = Config.new(own, probed.capabilities, encrypted=password is not None)
+        config = Config.new(own, probed.capabilities, encrypted=password is not None, lock=lock)
+        if lock is not None:
+            lock_store(store, lock, trial=f"{PROBE}{own[:16]}lock")
         vault = None
         if password is not None:
             # Before the settings: no repository is ever there without its key.
@@ -254,6 +264,8 @@ class Repository:
                 f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
                 " newer nbdpull"
             )
+        if write and config.lock is not None:
+            lock_store(store, config.lock)
         return store, config
 
     @property

@@ -8,7 +8,8 @@ import pytest
 
 from nbdpull.errors import StoreError
 from nbdpull.repo.cloud import parse_cloud
-from nbdpull.repo.objects import ObjectStore, Patience
+from nbdpull.repo.objects import ObjectStore
+from nbdpull.repo.patience import Patience
 from nbdpull.repo.probe import probe
 from tests.support.stores import s3rver
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdpull.model.config import Config
+from nbdpull.model.config import Config, Lock
 from nbdpull.model.frame import FormatError
 from tests.model.samples import damaged
 
@@ -100,3 +100,15 @@ def test_damage_is_refused_or_changes_nothing_that_matters() -> None:
 def test_no_bytes_crash_the_decoder(raw: bytes) -> None:
     with pytest.raises(FormatError):
         Config.decode(raw)
+
+
+def test_a_lock_is_read_back_and_unknown_to_who_can_not_keep_it() -> None:
+    lock = Lock(mode="compliance", duration_s=86400)
+    made = Config.new("0f" * 16, {"create_only": True}, encrypted=False, lock=lock)
+    assert Config.decode(made.encode()).lock == lock
+    assert made.features["write"] == ("lock",)
+    for bad in (b'"seconds": 0', b'"seconds": -1', b'"seconds": "1"', b'"seconds": 9999999999'):
+        with pytest.raises(FormatError, match="lock"):
+            Config.decode(made.encode().replace(b'"seconds": 86400', bad))
+    with pytest.raises(FormatError, match="lock"):
+        Config.decode(made.encode().replace(b'"compliance"', b'"other"'))

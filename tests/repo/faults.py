@@ -12,7 +12,8 @@ from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo.cloud import parse_cloud
-from nbdpull.repo.objects import ObjectStore, Patience
+from nbdpull.repo.objects import ObjectStore
+from nbdpull.repo.patience import Patience
 from nbdpull.repo.repository import Repository
 from tests.repo.helpers import Changes, backup, grain, restore
 from tests.support.proxy import Fault, Proxy, Request

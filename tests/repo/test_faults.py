@@ -9,7 +9,8 @@ import pytest
 
 from nbdpull.errors import StoreError
 from nbdpull.repo.cloud import parse_cloud
-from nbdpull.repo.objects import ObjectStore, Patience
+from nbdpull.repo.objects import ObjectStore
+from nbdpull.repo.patience import Patience
 from nbdpull.repo.repository import Repository
 from nbdpull.repo.store import KeyExistsError, KeyMissingError
 from tests.repo.faults import IMPATIENT, run_schedule

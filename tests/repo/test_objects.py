@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from nbdpull.errors import RepositoryNotFoundError, StoreError, UsageError
+from nbdpull.model.config import Lock
 from nbdpull.repo.buffer import Budget
 from nbdpull.repo.location import open_store
 from nbdpull.repo.objects import ObjectStore
@@ -159,3 +163,96 @@ def test_a_store_that_ignores_conditions_and_ranges_is_refused(
             monkeypatch.setenv(name, value)
         with pytest.raises(StoreError, match="ranged read with something else"):
             Repository.create("s3://bucket0/prefix")
+
+
+@pytest.fixture
+def locked(weed: SeaweedFs, s3: str) -> str:
+    """A place in a bucket with object lock."""
+    del s3  # for the environment
+    return f"s3://{weed.bucket(lock=True)}/locked"
+
+
+def versions(weed: SeaweedFs, location: str, key: str) -> tuple[str, str]:
+    """The path of an object, and the id of its version."""
+    path = f"{location.removeprefix('s3:/')}/{key}"
+    headers = weed.client.request("GET", path).headers
+    return path, {name.lower(): value for name, value in headers.items()}["x-amz-version-id"]
+
+
+@pytest.mark.parametrize("mode", ["compliance", "governance"])
+def test_what_backups_consist_of_is_locked_for_as_long_as_was_asked(
+    weed: SeaweedFs, locked: str, mode: str
+) -> None:
+    Repository.create(locked, lock=Lock(mode=mode, duration_s=30 * 86400))
+    small_history(Repository.open(locked, write=True))
+    found = {"s": 0, "d": 0, "x": 0, "m": 0}
+    for entry in open_store(locked).list(""):
+        kind = entry.key.partition("/")[0]
+        if kind not in found:
+            continue
+        found[kind] += 1
+        path, version = versions(weed, locked, entry.key)
+        answer = weed.client.request("GET", path, "retention=").body.decode()
+        if kind == "s":
+            assert "RetainUntilDate" not in answer
+            continue
+        assert f"<Mode>{mode.upper()}</Mode>" in answer
+        until = answer.partition("<RetainUntilDate>")[2].partition("<")[0]
+        left = datetime.fromisoformat(until) - datetime.now(UTC)
+        assert timedelta(days=30) - timedelta(minutes=1) < left <= timedelta(days=30, hours=1)
+        assert weed.client.request("DELETE", path, f"versionId={version}").status == 403
+    assert min(found.values()) >= 3
+    # A plain delete only hides it: the version stays, and can be read.
+    path, version = versions(weed, locked, entry_of(locked, "d"))
+    open_store(locked).delete(entry_of(locked, "d"))
+    assert weed.client.request("GET", path).status == 404
+    assert weed.client.request("GET", path, f"versionId={version}").status == 200
+
+
+def test_a_locked_object_is_not_deleted_before_its_lock_ends(
+    locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Repository.create(locked, lock=Lock(mode="governance", duration_s=86400))
+    repository = Repository.open(locked, write=True)
+    small_history(repository)
+    kept = {prefix: entry_of(locked, prefix) for prefix in ("d", "x", "m")}
+    for key in kept.values():
+        with pytest.raises(
+            AccessDeniedError, match=r"is locked until 20\d\d-\d\d-\d\d \d\d:00 UTC"
+        ):
+            repository._store.delete(key)
+    repository._store.delete("d/nosuch")
+    repository._store.delete(entry_of(locked, "s"))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400 + 3600)
+    repository._store.delete(kept["d"])
+    assert kept["d"] not in {entry.key for entry in repository._store.list("d")}
+
+
+def test_a_copy_of_a_locked_repository_in_a_folder_can_still_be_read(
+    locked: str, tmp_path: Path
+) -> None:
+    Repository.create(locked, lock=Lock(mode="governance", duration_s=86400))
+    history = small_history(Repository.open(locked, write=True))
+    store, folder = open_store(locked), open_store(str(tmp_path))
+    for entry in store.list(""):
+        folder.create(entry.key, store.get(entry.key, limit=1 << 20))
+    repository = Repository.open(str(tmp_path))
+    assert restore(repository.reader(history.manifests[-1])) == history.contents[-1]
+    with pytest.raises(StoreError, match="ask for locks, which only S3 has"):
+        Repository.open(str(tmp_path), write=True)
+
+
+def entry_of(location: str, prefix: str) -> str:
+    return min(entry.key for entry in open_store(location).list(prefix))
+
+
+def test_a_bucket_or_a_folder_without_locks_is_refused(s3: str, tmp_path: Path) -> None:
+    lock = Lock(mode="governance", duration_s=60)
+    with pytest.raises(StoreError, match=r"bucket bucket0 locks no objects .*make one with object"):
+        Repository.create(s3, lock=lock)
+    with pytest.raises(UsageError, match="only a repository in S3 can be locked"):
+        Repository.create(str(tmp_path / "repo"), lock=lock)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RepositoryNotFoundError):
+        Repository.open(s3)
