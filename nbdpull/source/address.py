@@ -87,7 +87,7 @@ def parse_source(sources: Sequence[str]) -> SourceAddress:
     if len(disks) == len(sources):
         images = tuple(map(_image, sources))
         _check_twice("disk", [image.name for image in images if image.name is not None])
-        _check_twice("image", [image.path for image in images])
+        _check_twice("image", [str(Path(image.path).resolve()) for image in images])
         return images
     if all(map(_EXPORT.fullmatch, sources)):
         exports = tuple(map(_export, sources))
@@ -119,9 +119,9 @@ def _image(source: str) -> ImageAddress:
             f"source '{source}' has the format '{image_format}'; expected one of"
             f" {', '.join(sorted(_FORMATS))}"
         )
-    # Absolute: QEMU takes "json:..." and "nbd:..." as something else than a path, "/..." never. And
-    # without symbolic links, so that one file has one name.
-    return ImageAddress(path=str(Path(found[3]).resolve()), format=image_format, name=found[2])
+    # Absolute: QEMU takes "json:..." and "nbd:..." as something else than a path, "/..." never. A
+    # symbolic link stays: its name is the one that tells what the image is.
+    return ImageAddress(path=str(Path(found[3]).absolute()), format=image_format, name=found[2])
 
 
 def _export(source: str) -> ExportAddress:

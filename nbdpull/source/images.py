@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from nbdpull.errors import InUseError, SourceError
 from nbdpull.model.chain import BitmapState
-from nbdpull.nbdio.connection import unix_uri
+from nbdpull.nbdio.connection import Connection, RefusedError, unix_uri
 from nbdpull.source.base import GRANULARITY
 
 __all__ = ["Image", "ImageLock", "ImageServer", "add_bitmap", "look", "remove_bitmap"]
@@ -230,7 +230,7 @@ class ImageServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it listens.
+        """Start it, and wait until it answers.
 
         Raises:
             InUseError, SourceError: it can't serve the image.
@@ -245,7 +245,7 @@ class ImageServer:
                 env=os.environ | {"LC_ALL": "C"},
             )
         deadline = time.monotonic() + _START_S
-        while not self._socket.is_socket():
+        while not self._answers():
             code = self._process.poll()
             if code == _NOT_FOUND:
                 raise _missing("qemu-nbd")
@@ -256,6 +256,21 @@ class ImageServer:
                     f"qemu-nbd for '{self._image.path}' did not start in {_START_S:g} s"
                 )
             time.sleep(_TICK_S)
+
+    def _answers(self) -> bool:
+        if not self._socket.is_socket():
+            return False
+        try:
+            with Connection.open(self.uri, timeout_s=_START_S) as probe:
+                size = probe.size
+        except RefusedError:
+            return False  # the socket is there before anybody listens
+        if size != self._image.size:
+            raise SourceError(
+                f"qemu-nbd serves {size} bytes of image '{self._image.path}', expected"
+                f" {self._image.size}; if it was resized just now, try again"
+            )
+        return True
 
     def close(self) -> None:
         """End it and wait for its end; never raises, a second call does nothing."""

@@ -299,3 +299,41 @@ def test_what_nobody_can_know_is_asked_for(
     (tmp_path / "web.qcow2").write_bytes(b"no image")
     with pytest.raises(nbdpull.SourceError, match="not in qcow2 format"):
         keeper.backup(f"disk:{tmp_path}/web.qcow2")
+
+
+def test_an_overlay_is_read_with_what_is_below_it(
+    tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    below = create_disk(tmp_path, "below", tools=tools)
+    io(below, "write -P 1 0 4M", tools=tools)
+    options = f"backing_file={below.path},backing_fmt=qcow2"
+    disk = create_disk(tmp_path, "vda", options=options, tools=tools)
+    io(disk, "write -P 2 1M 64k", "write -z 2M 64k", tools=tools)
+    check(keeper, keeper.backup(sources([disk])), [disk])
+    io(disk, "write -P 3 3M 64k", tools=tools)
+    result = keeper.backup(sources([disk]))
+    assert (levels(result), result.disks[0].changed_bytes) == (["incremental"], 65536)
+    check(keeper, result, [disk])
+
+
+def test_a_raw_data_file_has_incrementals_in_its_qcow2(
+    tools: QemuTools, keeper: Keeper, tmp_path: Path
+) -> None:
+    options = f"data_file={tmp_path}/vda.raw,data_file_raw=on"
+    disk = create_disk(tmp_path, "vda", options=options, tools=tools)
+    io(disk, "write -P 1 0 4M", tools=tools)
+    keeper.backup(sources([disk]))
+    io(disk, "write -P 3 3M 64k", tools=tools)
+    result = keeper.backup(sources([disk]))
+    assert (levels(result), result.disks[0].changed_bytes) == (["incremental"], 65536)
+    check(keeper, result, [disk])
+
+
+def test_a_link_is_called_by_its_own_name(tools: QemuTools, keeper: Keeper, tmp_path: Path) -> None:
+    disk = create_disk(tmp_path, "0f3a", tools=tools)
+    link = tmp_path / "vda.qcow2"
+    link.symlink_to(disk.path)
+    result = keeper.backup(f"disk:{link}", vm="web")
+    assert [one.name for one in result.disks] == ["vda"]
+    with pytest.raises(nbdpull.UsageError, match="is given 2 times"):
+        keeper.backup([f"disk:a={link}", f"disk:b={disk.path}"], vm="web")
