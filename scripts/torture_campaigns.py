@@ -1,4 +1,4 @@
-"""Long campaigns against the repository; docs/reliability.md has their figures.
+"""Long campaigns against the repository and against a VM; docs/reliability.md has their figures.
 
 The tests run small ones of each kind. Every campaign ends with 1 when something is lost, and tells the
 seed that shows it again.
@@ -20,6 +20,8 @@ from tests.protocol.powercut import PowerCut
 from tests.protocol.scenario import play
 from tests.protocol.soak import Soak
 from tests.protocol.world import memory_repositories
+from tests.support.tools import QEMU_10, QEMU_72
+from tests.support.torture import Torture
 
 _ORDERS = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
 
@@ -105,12 +107,22 @@ def _power_cuts(arguments: argparse.Namespace) -> str:
     return f"{cuts} power cuts in a log of {campaign.length} steps, {campaign.commits} commits"
 
 
+def _machine(arguments: argparse.Namespace) -> str:
+    tools = QEMU_10 if arguments.qemu == "10" else QEMU_72
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        torture = Torture(Path(folder), tools, arguments.seed)
+        rounds = torture.run(arguments.size, seconds=arguments.seconds)
+    done = ", ".join(f"{count} {what}" for what, count in sorted(torture.done.items()))
+    return f"QEMU {arguments.qemu}, {rounds} rounds: {done}"
+
+
 _CAMPAIGNS: Mapping[str, Callable[[argparse.Namespace], str]] = {
     "search": _search,
     "schedules": _schedules,
     "kill-points": _kill_points,
     "soak": _soak,
     "power-cuts": _power_cuts,
+    "machine": _machine,
 }
 
 
@@ -123,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         ("kill-points", "a process dies at each call of the store", None),
         ("soak", "processes that are killed at random; the size is in kills", 200),
         ("power-cuts", "what a power cut can leave of a local repository", 500),
+        ("machine", "a real Linux guest and all that can happen to it; the size is in rounds", 200),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--seed", type=int, default=1)
@@ -141,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--all-orders", action="store_true", help="of listings, not one of six"
             )
             verb.add_argument("--mutant", choices=[mutant.name for mutant in Mutant])
+        if name == "machine":
+            verb.add_argument("--qemu", choices=["7.2", "10"], default="7.2")
         if name == "kill-points":
             verb.add_argument("--operation", action="append", choices=list(OPERATIONS))
             verb.add_argument("--every", type=int, default=1, help="only each so many-th point")

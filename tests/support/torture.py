@@ -1,0 +1,342 @@
+"""Rounds of trouble for a real Linux guest, each with a backup that must restore exactly.
+
+A round does some of: random writes, zeroes and trims; growing a disk; plugging one in; an external snapshot,
+and its commit; a client that is killed or cancelled; QEMU killed, quit or shut down and started again. Then
+it makes a backup, of a random level, in one of two chains, in either mode, of the VM running, halted or
+shut down, and restores it:
+
+    halted, shut down   every disk is compared with its image by qemu-img compare
+    running             both file systems are checked against the guest's own numbered records
+
+At the end every backup that was compared is restored once more, and must hash to the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nbdpull
+from nbdpull import Level
+from tests.support.disk import MIB, Disk, compare, create_disk, to_raw
+from tests.support.linuxguest import LinuxGuest, check_filesystem, create_ext4_disk
+from tests.support.process import run
+from tests.support.tools import QemuTools
+from tests.support.vm import QmpError
+
+__all__ = ["Torture"]
+
+_LEVELS = ("auto", Level.FULL, Level.INCREMENTAL, Level.DIFFERENTIAL, Level.COPY)
+_GRAIN = 65536
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class Torture:
+    """One campaign.
+
+    Attributes:
+        folder: where everything is kept; a few hundred MiB.
+        seed: decides every choice (not the guest's own timing).
+        done: how often each thing was done.
+    """
+
+    folder: Path
+    tools: QemuTools
+    seed: int
+    done: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.repository = self.folder / "repo"
+        self.scratch = self.folder / "s"
+        self.scratch.mkdir()
+        nbdpull.init(self.repository)
+        disks = [
+            create_ext4_disk(self.folder, name, size=48 * MIB, tools=self.tools)
+            for name in ("vda", "vdb")
+        ]
+        disks.append(
+            create_disk(self.folder, "slow", size=24 * MIB, tools=self.tools, throttled=True)
+        )
+        self.guest = LinuxGuest(disks, tools=self.tools, name="torture")
+        self.overlay: tuple[Path, str] | None = None  # on disk 'extra': its image and node
+        self.compared: dict[str, dict[str, str]] = {}
+        self.plugged = 0
+
+    def run(self, rounds: int, *, seconds: float = float("inf")) -> int:
+        """All rounds, or as many as fit into the time; returns how many.
+
+        Raises:
+            AssertionError: a backup did not restore exactly, or something was left in QEMU.
+        """
+        end = time.monotonic() + seconds
+        number = 0
+        with self.guest:
+            self.guest.wait_synced(2)
+            while number < rounds and time.monotonic() < end:
+                try:
+                    self._round()
+                except BaseException as exc:
+                    exc.add_note(f"seed {self.seed}, round {number}; so far {dict(self.done)}")
+                    raise
+                number += 1
+        for backup, wanted in self.compared.items():
+            for name, path in self._restore(backup).items():
+                assert _sha256(path) == wanted[name], f"{backup}: disk {name} changed afterwards"
+            shutil.rmtree(self.folder / backup)
+        self.done["restored again"] += len(self.compared)
+        return number
+
+    def _round(self) -> None:
+        troubles = (
+            *[self._write] * 5,
+            self._grow,
+            self._plug,
+            self._snapshot,
+            self._kill_client,
+            self._cancel_client,
+            self._kill_qemu,
+            self._quit_qemu,
+        )
+        for trouble in self.rng.sample(troubles, self.rng.randint(1, 3)):
+            trouble()
+        kind = self.rng.choice((self._back_up_running, self._back_up_halted, self._back_up_off))
+        kind()
+
+    # -- trouble -----------------------------------------------------------------------------------
+
+    def _mine(self) -> list[Disk]:
+        """Disks that the Linux guest does not use: we are their guest."""
+        return [disk for disk in self.guest.disks if disk.name not in {"vda", "vdb"}]
+
+    def _write(self) -> None:
+        for disk in self._mine():
+            for _ in range(self.rng.randint(1, 4)):
+                length = self.rng.choice((512, 4096, _GRAIN, 3 * _GRAIN, MIB))
+                start = self.rng.randrange(0, disk.size - length, 512)
+                command = self.rng.choice(
+                    (
+                        f"write -q -P {self.rng.randint(1, 255)} {start} {length}",
+                        f"write -q -z {start} {length}",
+                        f"write -q -z -u {start} {length}",
+                        f"discard -q {start} {length}",
+                    )
+                )
+                self.guest.qemu_io(disk.name, command)
+        self.done["writes"] += 1
+
+    def _grow(self) -> None:
+        disks = self._mine()
+        disk = self.rng.choice(disks)
+        if self.overlay is not None and disk.name == "extra":
+            return
+        bigger = replace(disk, size=disk.size + self.rng.choice((512, MIB, 5 * _GRAIN)))
+        # Through the filter on top, if there is one: only then it knows the new size too.
+        try:
+            self.guest.qmp("block_resize", node_name=disk.top, size=bigger.size)
+        except QmpError as exc:
+            # After a crash, until the next backup has removed what the crash made of the bitmaps.
+            if "inconsistent" not in str(exc):
+                raise
+            self.done["resize refused"] += 1
+            return
+        self._replace(bigger)
+        self.guest.qemu_io(disk.name, f"write -q -P 7 {bigger.size - 512} 512")
+        self.done["resized"] += 1
+
+    def _replace(self, disk: Disk) -> None:
+        disks = self.guest._disks
+        disks[[one.name for one in disks].index(disk.name)] = disk
+
+    def _plug(self) -> None:
+        if any(disk.name == "extra" for disk in self.guest.disks):
+            return
+        form = self.rng.choice(("qcow2", "qcow2", "raw"))
+        self.plugged += 1
+        folder = self.folder / f"plugged-{self.plugged}"
+        folder.mkdir()
+        disk = create_disk(folder, "extra", size=16 * MIB, format=form, tools=self.tools)
+        self.guest.hot_add(disk)
+        self.done["plugged in"] += 1
+
+    def _snapshot(self) -> None:
+        """Take an external snapshot of the plugged disk, or commit the one there is."""
+        disk = next((one for one in self._mine() if one.name == "extra"), None)
+        if disk is None or disk.format != "qcow2":
+            return
+        if self.overlay is not None:
+            self._commit()
+            return
+        path = disk.path.with_name(f"overlay-{self.done['snapshot taken']}.qcow2")
+        run([self.tools.qemu_img, "create", "-q", "-f", "qcow2", path, str(disk.size)])
+        node = f"over-{self.done['snapshot taken']}"
+        file = {"driver": "file", "filename": str(path), "discard": "unmap"}
+        self.guest.qmp(
+            "blockdev-add", driver="qcow2", node_name=node, file=file, backing=None, discard="unmap"
+        )
+        self.guest.qmp("blockdev-snapshot", node=disk.node, overlay=node)
+        self.overlay = (path, node)
+        self.done["snapshot taken"] += 1
+
+    def _commit(self) -> None:
+        if self.overlay is None:
+            return
+        path, node = self.overlay
+        self.guest.qmp("block-commit", job_id="commit", device=node)
+        self.guest.wait_event("BLOCK_JOB_READY", since=0)
+        deadline = time.monotonic() + 60
+        while True:
+            jobs = [job for job in self.guest.qmp("query-jobs") if job["id"] == "commit"]
+            if not jobs:
+                break
+            if jobs[0]["status"] == "ready":
+                self.guest.qmp("job-complete", id="commit")
+            assert time.monotonic() < deadline, jobs
+            time.sleep(0.05)
+        self.guest.qmp("blockdev-del", node_name=node)
+        path.unlink()
+        self.overlay = None
+        self.done["snapshot committed"] += 1
+
+    def _client(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "nbdpull", "backup", self.guest.uri]
+        command += ["-r", str(self.repository), "--chain", self.rng.choice("ab"), "--rate", "8M"]
+        command += ["--scratch", str(self.scratch), "-l", self.rng.choice(("auto", "full"))]
+        command += self.rng.choice(([], ["--guest-first"]))
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _end_client(self, number: signal.Signals) -> None:
+        with self._client() as client:
+            time.sleep(self.rng.uniform(0.1, 2.0))
+            client.send_signal(number)
+            client.wait(60)
+
+    def _kill_client(self) -> None:
+        self._end_client(signal.SIGKILL)
+        self.done["client killed"] += 1
+        if self.rng.random() < 0.3:
+            nbdpull.cleanup(self.guest.uri, scratch=self.scratch)
+            self._check_clean()
+
+    def _cancel_client(self) -> None:
+        self._end_client(signal.SIGINT)
+        self._check_clean()
+        self.done["client cancelled"] += 1
+
+    def _check_clean(self) -> None:
+        left = self.guest.leftovers()
+        ours = [name for names in left.values() for name in names if name.startswith("np-")]
+        assert ours == [], ours
+
+    def _start_again(self) -> None:
+        before = self.guest.synced
+        self.guest.restart()
+        self.guest.wait_synced(before + 1)
+
+    def _kill_qemu(self) -> None:
+        self._commit()
+        self.guest.kill()
+        self._start_again()
+        self.done["QEMU killed"] += 1
+
+    def _quit_qemu(self) -> None:
+        self._commit()
+        self.guest.quit()
+        self._start_again()
+        self.done["QEMU quit"] += 1
+
+    # -- backups -----------------------------------------------------------------------------------
+
+    def _restore(self, backup: str) -> dict[str, Path]:
+        done = nbdpull.restore(self.repository, backup, self.folder / backup)
+        return {disk.name: Path(disk.target) for disk in done.disks}
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "level": self.rng.choice(_LEVELS),
+            "chain": self.rng.choice("ab"),
+            "scratch": self.scratch,
+        }
+
+    def _count(self, result: nbdpull.BackupResult, kind: str) -> None:
+        self.done[f"backups {kind}"] += 1
+        for disk in result.disks:
+            self.done[f"disks {disk.level}"] += 1
+
+    def _back_up_running(self) -> None:
+        guest_first = self.rng.random() < 0.5
+        before = self.guest.synced
+        result = nbdpull.backup(
+            self.guest.uri, self.repository, guest_first=guest_first, **self._options()
+        )
+        self._check_clean()
+        self.guest.wait_synced(self.guest.synced + 1)
+        restored = self._restore(result.backup)
+        first, second = (check_filesystem(restored[name], self.folder) for name in ("vda", "vdb"))
+        assert 0 <= first.records - second.records <= 1, (first, second)
+        assert second.records >= before, (second, before)
+        shutil.rmtree(self.folder / result.backup)
+        self._count(result, "running")
+
+    def _back_up_halted(self) -> None:
+        guest_first = self.rng.random() < 0.5
+        with self.guest.halted():
+            result = nbdpull.backup(
+                self.guest.uri, self.repository, guest_first=guest_first, **self._options()
+            )
+            self._compare(result)
+        self._check_clean()
+        self._count(result, "halted")
+
+    def _back_up_off(self) -> None:
+        self._commit()
+        self.guest.quit()
+        images = [f"disk:{disk.name}={disk.path}" for disk in self.guest.disks]
+        result = nbdpull.backup(images, self.repository, vm="torture", **self._options())
+        self._compare(result)
+        self._start_again()
+        self._count(result, "shut down")
+
+    def _compare(self, result: nbdpull.BackupResult) -> None:
+        """Every restored disk with its image, which nothing writes to now."""
+        if self.guest.running:
+            self.guest.pause()  # flushes, also when it is paused already
+        restored = self._restore(result.backup)
+        assert set(restored) == {disk.name for disk in self.guest.disks}
+        hashes = {}
+        for disk in self.guest.disks:
+            image = disk.path
+            if disk.name == "extra" and self.overlay is not None:
+                image = self._flat_overlay(disk)
+            form = "raw" if image.suffix == ".flat" else disk.format
+            compare(restored[disk.name], image, other_format=form, tools=self.tools)
+            hashes[disk.name] = _sha256(restored[disk.name])
+        self.compared[result.backup] = hashes
+        shutil.rmtree(self.folder / result.backup)
+
+    def _flat_overlay(self, disk: Disk) -> Path:
+        """What the overlay reads as: it does not name its backing file itself."""
+        assert self.overlay is not None
+        path, _ = self.overlay
+        flat = path.with_suffix(".flat")
+        chained = path.with_suffix(".chained")
+        shutil.copy(path, chained)
+        rebase = ["-f", "qcow2", "-F", "qcow2", "-b", str(disk.path), str(chained)]
+        run([self.tools.qemu_img, "rebase", "-u", *rebase])
+        to_raw(chained, flat, tools=self.tools)
+        chained.unlink()
+        return flat
