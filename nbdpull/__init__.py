@@ -62,6 +62,7 @@ from nbdpull.errors import (
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import (
     BackupInfo,
+    BackupProfile,
     BackupResult,
     CleanupResult,
     CopyResult,
@@ -128,6 +129,7 @@ __all__ = [  # noqa: RUF022 - from most to least important
     "ProgressCallback",
     "ProgressKind",
     "BackupInfo",
+    "BackupProfile",
     "BackupResult",
     "CleanupResult",
     "Damage",

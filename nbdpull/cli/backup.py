@@ -13,7 +13,7 @@ from nbdpull.cli.options import SIZE, repository_option, source_argument, tls_op
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
-from nbdpull.cli.tables import disk_table
+from nbdpull.cli.tables import disk_table, table
 from nbdpull.model.results import BackupResult
 from nbdpull.units import format_duration
 
@@ -146,6 +146,7 @@ def chain_option(function: _F) -> _F:
     metavar="FOLDER",
     help="Remember here where data of all VMs is, and store none of it again.",
 )
+@click.option("--profile", is_flag=True, help="Tell where the time went, after the result.")
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     console: Console,
@@ -172,6 +173,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     tags: tuple[str, ...],
     base: str | None,
     digest_cache: str | None,
+    profile: bool,
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
 
@@ -215,8 +217,26 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
         )
     for warning in result.warnings:
         console.warning(warning)
-    console.result(result, lambda: _summary(result))
+    console.result(result, lambda: _summary(result) + (f"\n{_profile(result)}" if profile else ""))
     return EXIT_WARNINGS if result.warnings else 0
+
+
+def _profile(result: BackupResult) -> str:
+    times = result.profile
+    stages = [
+        ("waiting for the disks", times.source_s),
+        ("hashing", times.hash_s),
+        ("compressing", times.compress_s),
+        ("encrypting", times.encrypt_s),
+        ("writing to the repository", times.store_s),
+        ("waiting for what changed", times.idle_s),
+    ]
+    whole = sum(seconds for _, seconds in stages) or 1.0
+    rows = [
+        (f"{name}:", format_duration(seconds), f"{100 * seconds / whole:.0f} %")
+        for name, seconds in stages
+    ]
+    return table((f"{times.workers} workers", ">time", ">share"), rows)
 
 
 def _summary(result: BackupResult) -> str:

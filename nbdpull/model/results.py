@@ -11,6 +11,7 @@ from enum import StrEnum
 
 __all__ = [
     "BackupInfo",
+    "BackupProfile",
     "BackupResult",
     "CleanupResult",
     "CopyResult",
@@ -143,10 +144,41 @@ class Quiesced:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackupProfile:
+    """Where the time of a backup went, in seconds of all its worker threads together.
+
+    Where `source_s` is most of it, the VM's storage is what bounds the backup; where it is
+    `compress_s`, the cores are; where it is `store_s`, the repository's storage is.
+
+    Attributes:
+        workers: threads that each read, hash, compress and store; two for each core.
+        status_s: waited for block status: what changed, and what is zero. Beside the workers.
+        idle_s: workers had nothing to do, because block status was not there yet.
+        source_s: waited for the disks' bytes.
+        hash_s: took digests.
+        compress_s: compressed.
+        encrypt_s: encrypted.
+        store_s: wrote to the repository, and waited for it.
+        requests: NBD requests, of all disks.
+    """
+
+    workers: int
+    status_s: float
+    idle_s: float
+    source_s: float
+    hash_s: float
+    compress_s: float
+    encrypt_s: float
+    store_s: float
+    requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackupResult:
     """A committed backup.
 
     Attributes:
+        profile: where its time went.
         cost: what it cost the guest; None where there was none to disturb.
         quiesced: what the guest's agent froze, None when it was not asked to.
         warnings: things that went wrong without harming it.
@@ -160,6 +192,7 @@ class BackupResult:
     time: float
     duration_s: float
     disks: tuple[DiskInfo, ...]
+    profile: BackupProfile
     cost: GuestCost | None = None
     quiesced: Quiesced | None = None
     warnings: tuple[str, ...] = ()

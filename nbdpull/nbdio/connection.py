@@ -136,6 +136,7 @@ class Connection:
         read_only: True when the server refuses writes.
         multi_conn: True when several connections see each other's flushed writes.
         min_block, preferred_block, max_block: request sizes in bytes that the server asks for.
+        requests: sent so far.
         contexts: the meta contexts that were granted.
     """
 
@@ -144,6 +145,7 @@ class Connection:
         self._cancel = cancel
         self._lock = threading.Lock()
         self.uri = uri
+        self.requests = 0
         self.contexts: frozenset[str] = frozenset()
         self.size: int = handle.get_size()
         self.read_only: bool = handle.is_read_only()
@@ -249,6 +251,7 @@ class Connection:
             raise NbdError(message) from exc
 
     def _issue(self, what: str, call: Any, *args: Any) -> int:
+        self.requests += 1
         try:
             return int(call(*args))
         except nbd.Error as exc:

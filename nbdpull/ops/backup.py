@@ -47,6 +47,7 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.heal import Healer, lost_segments
 from nbdpull.ops.pull import DiskPull, pull
+from nbdpull.ops.pulltimes import PullTimes
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, Repository, Session
@@ -438,6 +439,7 @@ class _Run:
         self.chosen = list(chosen)
         self.progress = progress
         self.level = backup_level(one.decision for one in chosen)
+        self.times = PullTimes(0)
         self.sessions: list[Session] = []
         self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
@@ -511,7 +513,9 @@ class _Run:
                 stop()
 
         try:
-            await pull(pulls, rate=self.options.rate, progress=self.progress, on_start=started)
+            self.times = await pull(
+                pulls, rate=self.options.rate, progress=self.progress, on_start=started
+            )
         except (Cancelled, SourceError) as exc:
             if (lost := await frozen.why_lost()) is not None:
                 raise lost from exc
@@ -660,5 +664,6 @@ class _Run:
             ),
             cost=cost,
             quiesced=quiesced,
+            profile=self.times.profile(self.sessions),
             warnings=warnings,
         )

@@ -1,10 +1,10 @@
 r"""The pull: from block status to frames in the repository, with every core busy and memory bounded.
 
-    planner (one thread)                   pullers (two a core), each with a connection of its own
+    planners (one a disk, at most 4)       pullers (two a core), each with a connection of its own
     ------------------------------------   --------------------------------------------------------
     segment by segment: what changed,      read -> cut zero grains off -> hash, compress, append
     what of that is zero, what to read     the last one of a segment writes its map
-              \\______ bounded queue of batches ______/
+              \\____ a bounded lane for each one ____/
 
 No queue stands between reading and storing: a puller does the whole way of its bytes, because libnbd,
 zstandard, blake3 and write(2) all let go of the interpreter's lock. Two pullers a core keep the core busy
@@ -14,12 +14,13 @@ while one waits for its 128 KiB reply (more in flight could freeze the guest, se
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -40,7 +41,9 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection, ReplyError
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
+from nbdpull.ops.fairqueue import FairQueue
 from nbdpull.ops.heal import Healer
+from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
@@ -53,6 +56,10 @@ _ZERO: Final = bytearray(FRAME_MAX)
 _BATCH_BYTES: Final = 4 << 20
 _BATCH_FRAMES: Final = 64
 _QUEUE: Final = 16
+_LANES: Final = 4
+"""Disks that are pulled at a time: more would only need more of the connections that QEMU allows."""
+_CONNECTIONS: Final = 2
+"""That a puller keeps, one a disk: QEMU accepts 100 from version 9.2 on (`nbd-server-start`)."""
 _ASK_GRAINS: Final = 4
 """Shorter dirty runs are read without asking whether they are zero: the question costs as much."""
 _PROGRESS_S: Final = 0.25
@@ -244,64 +251,56 @@ class _Pull:
         cancel: threading.Event,
         callback: ProgressCallback | None,
         rate: RateLimit | None,
+        *,
+        pullers: int,
     ) -> None:
-        self.disks = disks
         self.rate = rate
         self.cancel = cancel
-        self.batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=_QUEUE)
+        self.lanes = min(_LANES, len(disks))
+        self.batches: FairQueue[_Batch] = FairQueue(self.lanes, _QUEUE, cancel)
+        self.times = PullTimes(pullers)
+        self._left = iter(disks)
         self.lock = threading.Lock()
         self.meter = _Meter(callback)
         self.shared: dict[str, Connection] = {}
 
     def close(self) -> None:
         """Close what the threads shared, once they have ended."""
+        times = ThreadTimes()
         for connection in self.shared.values():
-            connection.close()
+            times.close(connection)
+        self.times.add(times)
 
-    def give(self, batch: _Batch | None) -> None:
-        """Put into the queue; a queue that nobody empties any more must not hold the thread."""
-        while True:
-            try:
-                self.batches.put(batch, timeout=0.25)
-            except queue.Full:
-                if self.cancel.is_set():
-                    raise Cancelled from None
-            else:
-                return
+    def plan(self, lane: int) -> None:
+        """A planner thread: plans one disk after the other, as long as there are any."""
+        while (disk := self._next()) is not None:
+            self._plan_disk(disk, lane)
+        self.batches.close(lane)
 
-    def take(self) -> _Batch | None:
-        while True:
-            try:
-                return self.batches.get(timeout=0.25)
-            except queue.Empty:
-                if self.cancel.is_set():
-                    raise Cancelled from None
+    def _next(self) -> DiskPull | None:
+        with self.lock:
+            return next(self._left, None)
 
-    def plan(self, pullers: int) -> None:
-        """The planner thread."""
-        for disk in self.disks:
-            self._plan_disk(disk)
-        for _ in range(pullers):
-            self.give(None)
-
-    def _plan_disk(self, disk: DiskPull) -> None:
+    def _plan_disk(self, disk: DiskPull, lane: int) -> None:
         self.meter.start(disk)
         with Connection.open(disk.uri, optional=_ALLOCATION, cancel=self.cancel) as connection:
             if not connection.multi_conn:
                 connection.close()
-                self._plan_shared(disk)
+                self._plan_shared(disk, lane)
                 return
             self._check_size(disk, connection)
             if disk.context is None:
-                self._plan_with(disk, connection, connection)
+                self._plan_with(disk, lane, connection, connection)
+                self.times.add(ThreadTimes(requests=connection.requests))
                 return
             # Its own connection: where the point in time shows changed ranges only, an error reply
             # to two contexts at once breaks the connection.
             contexts = (disk.context,)
             with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as second:
-                self._plan_with(disk, connection, second)
+                self._plan_with(disk, lane, connection, second)
+                self.times.add(ThreadTimes(requests=connection.requests + second.requests))
 
-    def _plan_shared(self, disk: DiskPull) -> None:
+    def _plan_shared(self, disk: DiskPull, lane: int) -> None:
         """Plan a disk whose server may have room for one connection only: all threads use that.
 
         A second client of such a server (``qemu-nbd`` without ``--shared``) waits for ever.
@@ -312,7 +311,7 @@ class _Pull:
         )
         self.shared[disk.uri] = connection  # pullers look here before they connect
         self._check_size(disk, connection)
-        self._plan_with(disk, connection, connection)
+        self._plan_with(disk, lane, connection, connection)
 
     @staticmethod
     def _check_size(disk: DiskPull, connection: Connection) -> None:
@@ -322,7 +321,9 @@ class _Pull:
                 " the disk was resized just now, or --nbd-address names another server: try again"
             )
 
-    def _plan_with(self, disk: DiskPull, connection: Connection, second: Connection) -> None:
+    def _plan_with(
+        self, disk: DiskPull, lane: int, connection: Connection, second: Connection
+    ) -> None:
         """Plan with a connection for ``base:allocation`` and one for what changed."""
 
         def allocation(*, strict: bool) -> StatusReader | None:
@@ -332,15 +333,15 @@ class _Pull:
 
         read = self._source(disk, connection)
         if disk.context is None:
-            self._plan_segments(disk, None, allocation(strict=False), read)
+            self._plan_segments(disk, lane, None, allocation(strict=False), read)
             return
         lie = self._audit(disk, connection, second)
         if lie is not None:
             disk.lie.append(lie)
-            self._plan_segments(disk, None, allocation(strict=False), read)
+            self._plan_segments(disk, lane, None, allocation(strict=False), read)
             return
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
-        self._plan_segments(disk, dirty, allocation(strict=True), read)
+        self._plan_segments(disk, lane, dirty, allocation(strict=True), read)
 
     def _source(self, disk: DiskPull, connection: Connection) -> Callable[[int, int], bytes]:
         def read(offset: int, length: int) -> bytes:
@@ -382,22 +383,26 @@ class _Pull:
     def _plan_segments(
         self,
         disk: DiskPull,
+        lane: int,
         dirty: StatusReader | None,
         allocation: StatusReader | None,
         read: Callable[[int, int], bytes],
     ) -> None:
+        times = ThreadTimes()
         for index in range(segment_count(disk.size)):
             if self.cancel.is_set():
                 raise Cancelled
             base = index * SEGMENT
             end = min(base + SEGMENT, disk.size)
             kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
+            began = time.perf_counter()
             if dirty is None:
                 kinds[:] = Kind.DATA
                 _zero_where_known(kinds, allocation, base, base, end)
                 changed = end - base
             else:
                 changed = _plan_changed(kinds, dirty, allocation, base, end)
+            times.status_s += time.perf_counter() - began
             work = _SegmentWork(disk, index, kinds, [], 0)
             if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):
                 work.before = disk.healer.plan(index, kinds, read)
@@ -409,25 +414,42 @@ class _Pull:
             if (changed or work.before is not None) and not batches:
                 self._finish(work)
             for batch in batches:
-                self.give(batch)
+                self.batches.give(lane, batch)
+        self.times.add(times)
 
     def puller(self) -> None:
         """A puller thread."""
         buffer = memoryview(bytearray(FRAME_MAX))
-        connections: dict[str, Connection] = {}
+        times = ThreadTimes()
+        connections: OrderedDict[str, Connection] = OrderedDict()
+        lane: int | None = None
         try:
-            while (batch := self.take()) is not None:
-                disk = batch.work.disk
-                connection = self.shared.get(disk.uri) or connections.get(disk.uri)
+            while (taken := self._take(lane, times)) is not None:
+                lane, batch = taken
+                uri = batch.work.disk.uri
+                connection = self.shared.get(uri) or connections.get(uri)
                 if connection is None:
-                    connection = Connection.open(disk.uri, cancel=self.cancel)
-                    connections[disk.uri] = connection
-                self._pull_batch(batch, connection, buffer)
+                    if len(connections) >= _CONNECTIONS:
+                        times.close(connections.popitem(last=False)[1])
+                    connection = Connection.open(uri, cancel=self.cancel)
+                if uri not in self.shared:
+                    connections[uri] = connection
+                    connections.move_to_end(uri)
+                self._pull_batch(batch, connection, buffer, times)
         finally:
             for connection in connections.values():
-                connection.close()
+                times.close(connection)
+            self.times.add(times)
 
-    def _pull_batch(self, batch: _Batch, connection: Connection, buffer: memoryview) -> None:
+    def _take(self, lane: int | None, times: ThreadTimes) -> tuple[int, _Batch] | None:
+        began = time.perf_counter()
+        taken = self.batches.take(lane)
+        times.idle_s += time.perf_counter() - began
+        return taken
+
+    def _pull_batch(
+        self, batch: _Batch, connection: Connection, buffer: memoryview, times: ThreadTimes
+    ) -> None:
         work = batch.work
         disk = work.disk
         base = work.index * SEGMENT
@@ -437,7 +459,9 @@ class _Pull:
             frame = buffer[:length]
             if self.rate is not None:
                 self.rate.take(length, self.cancel)
+            began = time.perf_counter()
             connection.read_into(frame, offset)
+            times.source_s += time.perf_counter() - began
             self._store(work, first, frame)
             self.meter.add(disk, length, read=length)
         with self.lock:
@@ -512,14 +536,17 @@ async def pull(
     rate: int | None = None,
     progress: ProgressCallback | None = None,
     on_start: Callable[[Callable[[], None]], None] = lambda _stop: None,
-) -> None:
+) -> PullTimes:
     """Read all disks into their sessions.
 
     Args:
-        disks: what to pull, one after the other.
+        disks: what to pull. Up to four at a time share the pullers evenly, whatever their speed.
         rate: most bytes to read in a second, all disks together; None for no limit.
         progress: is told how far each disk is.
         on_start: is given, from a thread, a function that stops the pull; the call then raises `Cancelled`.
+
+    Returns:
+        Where the time went.
 
     When it returns or raises, every thread has ended and every NBD connection is closed.
 
@@ -529,13 +556,16 @@ async def pull(
         Cancelled: it was stopped.
     """
 
-    def work(cancel: threading.Event) -> None:
-        state = _Pull(disks, cancel, progress, None if rate is None else RateLimit(rate))
-        on_start(cancel.set)
+    def work(cancel: threading.Event) -> PullTimes:
         pullers = worker_count()
+        limit = None if rate is None else RateLimit(rate)
+        state = _Pull(disks, cancel, progress, limit, pullers=pullers)
+        on_start(cancel.set)
+        planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
-            run_all([lambda: state.plan(pullers), *[state.puller] * pullers], cancel)
+            run_all([*planners, *[state.puller] * pullers], cancel)
         finally:
             state.close()
+        return state.times
 
-    await in_thread(work)
+    return await in_thread(work)

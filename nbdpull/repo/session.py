@@ -50,6 +50,7 @@ from nbdpull.model.segment import Segment
 from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
+from nbdpull.repo.stages import Stages
 from nbdpull.repo.store import KeyExistsError, Store, Upload
 from nbdpull.repo.vault import new_pack_keys
 
@@ -98,6 +99,7 @@ class Session:
         disk_id: names the disk.
         stored_bytes: added to the repository so far.
         reused_bytes: of disk data that the repository had already.
+        stages: where the time of its threads went.
         lost: digests of frames that are known to be damaged: whatever has one is stored, never referred
             to where it was.
     """
@@ -141,6 +143,7 @@ class Session:
         self.disk_id = disk_id
         self.stored_bytes = 0
         self.reused_bytes = 0
+        self.stages = Stages()
         self.lost: frozenset[bytes] = frozenset()
         self._alive = KeepAlive(store, sid)
 
@@ -160,10 +163,12 @@ class Session:
 
     def refer(self, known: KnownFrame, raw: Buffer) -> bool:
         """Whether `raw` is what `known` holds; the caller then refers to it and stores nothing."""
-        if known.digest in self.lost or not self.matches(known, raw):
-            return False
-        self._count_reused(len(raw))
-        return True
+        began = time.perf_counter()
+        same = known.digest not in self.lost and self.matches(known, raw)
+        self.stages.add(hash_s=time.perf_counter() - began)
+        if same:
+            self._count_reused(len(raw))
+        return same
 
     def _count_reused(self, length: int) -> None:
         with self._lock:
@@ -180,24 +185,38 @@ class Session:
         """
         if not 0 < len(raw) <= FRAME_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes can't be")
+        began = time.perf_counter()
         digest = self.digest(raw)
+        found = None
         if kind is FrameKind.DATA and digest not in self.lost:
             found = self._reuse.find(digest, len(raw))
-            if found is not None:
-                self._count_reused(len(raw))
-                return found
+        hashed = time.perf_counter()
+        if found is not None:
+            self.stages.add(hash_s=hashed - began)
+            self._count_reused(len(raw))
+            return found
         codec, payload = self._compress(raw)
+        compressed = time.perf_counter()
         pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
+        encrypt_s = 0.0
         try:
-            if pack.keys is None:
-                pack.upload.write(offset, header.encode(), payload)
-            else:
-                pack.upload.write(offset, *pack.keys.seal_frame(header, payload, self._buffer()))
+            parts: tuple[Buffer, ...] = (header.encode(), payload)
+            if pack.keys is not None:
+                reserved = time.perf_counter()
+                parts = pack.keys.seal_frame(header, payload, self._buffer())
+                encrypt_s = time.perf_counter() - reserved
+            pack.upload.write(offset, *parts)
         except BaseException as exc:
             self._fail(exc)
             raise
         finally:
             self._leave(pack)
+        self.stages.add(
+            hash_s=hashed - began,
+            compress_s=compressed - hashed,
+            encrypt_s=encrypt_s,
+            store_s=time.perf_counter() - compressed - encrypt_s,
+        )
         return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
 
     def _buffer(self) -> memoryview:

@@ -76,4 +76,15 @@ def result(**changes: object) -> nbdpull.BackupResult:
         name: getattr(known, name)
         for name in ("backup", "vm", "chain", "level", "parent", "time", "duration_s", "disks")
     }
+    values["profile"] = nbdpull.BackupProfile(
+        workers=4,
+        status_s=0.125,
+        idle_s=0.25,
+        source_s=3.5,
+        hash_s=0.5,
+        compress_s=10.0,
+        encrypt_s=0.0,
+        store_s=1.75,
+        requests=1600,
+    )
     return nbdpull.BackupResult(**(values | changes))  # type: ignore[arg-type]

@@ -143,8 +143,37 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
             ],
             "cost": None,
             "quiesced": None,
+            "profile": {
+                "workers": 4,
+                "status_s": 0.125,
+                "idle_s": 0.25,
+                "source_s": 3.5,
+                "hash_s": 0.5,
+                "compress_s": 10.0,
+                "encrypt_s": 0.0,
+                "store_s": 1.75,
+                "requests": 1600,
+            },
             "warnings": [],
         }
+
+
+def test_backup_tells_where_its_time_went(cli: Cli, replace: Replace) -> None:
+    replace("backup", result())
+    done = cli("backup", "qmp:/s", "-r", "x", "--profile")
+    assert done.exit_code == 0
+    shares = {
+        line.split(":")[0]: line.split()[-2:] for line in done.stdout.splitlines() if "%" in line
+    }
+    assert shares == {
+        "waiting for the disks": ["22", "%"],
+        "hashing": ["3", "%"],
+        "compressing": ["62", "%"],
+        "encrypting": ["0", "%"],
+        "writing to the repository": ["11", "%"],
+        "waiting for what changed": ["2", "%"],
+    }
+    assert "%" not in cli("backup", "qmp:/s", "-r", "x").stdout
 
 
 def test_backup_for_people_says_why(cli: Cli, replace: Replace) -> None:
