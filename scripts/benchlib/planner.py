@@ -25,7 +25,8 @@ def main() -> None:
             dirty = (flags & Dirty.DIRTY) != 0
             extents += int(dirty.sum())
             length += int((ends - starts)[dirty].sum())
-        print(json.dumps({"extents": extents, "bytes": length, "requests": 0}))
+        counted = {"extents": extents, "bytes": length, "requests": connection.requests}
+        print(json.dumps(counted))
 
 
 if __name__ == "__main__":
