@@ -498,6 +498,7 @@ class _Run:
                     uri=served.uri,
                     context=served.context,
                     granularity=served.granularity,
+                    overwritten=served.overwritten,
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else 0,

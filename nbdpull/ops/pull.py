@@ -52,6 +52,8 @@ __all__ = ["DiskPull", "PullCounts", "pull"]
 
 log = logging.getLogger(__name__)
 
+Overwritten = Callable[[int, int], Sequence[tuple[int, int]]]
+
 _ZERO: Final = bytearray(FRAME_MAX)
 _BATCH_BYTES: Final = 4 << 20
 _BATCH_FRAMES: Final = 64
@@ -84,6 +86,8 @@ class DiskPull:
         uri: its export.
         context: meta context of what changed; None reads everything that is not known to be zero.
         granularity: bytes of the smallest change that it can tell.
+        overwritten: tells after a block status which of its ranges the source may have overwritten meanwhile;
+            None where nobody writes.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
@@ -101,6 +105,7 @@ class DiskPull:
     lie: list[str] = field(default_factory=list)
     healer: Healer | None = None
     granularity: int = GRAIN
+    overwritten: Overwritten | None = None
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -189,9 +194,18 @@ def _mark(kinds: Kinds, starts: np.ndarray, ends: np.ndarray, base: int, kind: K
 
 
 def _zero_where_known(
-    kinds: Kinds, allocation: StatusReader | None, base: int, start: int, end: int
+    kinds: Kinds,
+    allocation: StatusReader | None,
+    base: int,
+    start: int,
+    end: int,
+    overwritten: Overwritten | None = None,
 ) -> None:
-    """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes."""
+    """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes.
+
+    QEMU 7.2 tells of a point in time (snapshot-access) what overwritten blocks are *now*: what the guest
+    has zeroed since would be kept as zero. So what was overwritten is read, whatever its status says.
+    """
     if allocation is None:
         return
     try:
@@ -204,10 +218,17 @@ def _zero_where_known(
     kinds[first:last] = Kind.ZERO
     if data.any():
         _mark(kinds, starts[data], ends[data], base, Kind.DATA)
+    for since, until in overwritten(start, end) if overwritten is not None else ():
+        kinds[(since - base) // GRAIN : -((base - until) // GRAIN)] = Kind.DATA
 
 
 def _plan_changed(
-    kinds: Kinds, dirty: StatusReader, allocation: StatusReader | None, base: int, end: int
+    kinds: Kinds,
+    dirty: StatusReader,
+    allocation: StatusReader | None,
+    base: int,
+    end: int,
+    overwritten: Overwritten | None = None,
 ) -> int:
     """Fill in `kinds` from a dirty bitmap; returns the changed bytes."""
     starts, ends, flags = dirty.read(base, end)
@@ -222,7 +243,8 @@ def _plan_changed(
     ends = np.minimum(-(-ends // GRAIN) * GRAIN, end)
     # Asking for strictly what changed matters where the point in time shows nothing else (mode C).
     for index in np.flatnonzero(ends - starts >= _ASK_GRAINS * GRAIN).tolist():
-        _zero_where_known(kinds, allocation, base, int(starts[index]), int(ends[index]))
+        first, last = int(starts[index]), int(ends[index])
+        _zero_where_known(kinds, allocation, base, first, last, overwritten)
     return changed_bytes
 
 
@@ -398,10 +420,10 @@ class _Pull:
             began = time.perf_counter()
             if dirty is None:
                 kinds[:] = Kind.DATA
-                _zero_where_known(kinds, allocation, base, base, end)
+                _zero_where_known(kinds, allocation, base, base, end, disk.overwritten)
                 changed = end - base
             else:
-                changed = _plan_changed(kinds, dirty, allocation, base, end)
+                changed = _plan_changed(kinds, dirty, allocation, base, end, disk.overwritten)
             times.status_s += time.perf_counter() - began
             work = _SegmentWork(disk, index, kinds, [], 0)
             if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):

@@ -121,6 +121,8 @@ class ServedDisk:
         context: meta context of what changed, None when the whole disk is to be read.
         whole: whether what did not change can be read too.
         granularity: bytes of the smallest change that `context` can tell.
+        overwritten: which ranges of [start, end) may have been overwritten since the point in time, asked after
+            their block status; None where nobody writes.
     """
 
     disk: Disk
@@ -128,6 +130,7 @@ class ServedDisk:
     context: str | None
     whole: bool = True
     granularity: int = GRANULARITY
+    overwritten: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.rundir import RunDir
-from nbdpull.source.scratch import ScratchGuard
+from nbdpull.source.scratch import Overwritten, ScratchGuard
 
 __all__ = ["GUEST_DELAY_S", "QemuOptions", "QemuPlan", "QemuPointInTime", "freeze"]
 
@@ -118,6 +118,7 @@ class QemuPointInTime:
         self._pause_s = 0.0
         self._copied: int | None = None
         self._stack = contextlib.AsyncExitStack()
+        self._scratch: list[str] = []
         self._released = False
         self._monitor_lost = False
         self.disks: tuple[ServedDisk, ...] = ()
@@ -173,6 +174,7 @@ class QemuPointInTime:
     async def _add_scratch(self) -> None:
         for index, plan in enumerate(self._plans):
             path = await asyncio.to_thread(self._rundir.make_scratch, index, plan.disk.size)
+            self._scratch.append(path)
             node = self._names.scratch(index)
             add = {"driver": "file", "node-name": node, "filename": path, "discard": "unmap"}
             try:
@@ -331,8 +333,16 @@ class QemuPointInTime:
                 raise
             self._push(f"removing export {export}", partial(self._end_export, export))
             whole = context is None or not self._options.guest_first
+            overwritten = Overwritten(self._scratch[index])
+            self._stack.callback(overwritten.close)
             served.append(
-                ServedDisk(disk=plan.disk, uri=uri_of(export), context=context, whole=whole)
+                ServedDisk(
+                    disk=plan.disk,
+                    uri=uri_of(export),
+                    context=context,
+                    whole=whole,
+                    overwritten=overwritten,
+                )
             )
         self.disks = tuple(served)
 

@@ -12,13 +12,15 @@ Were the guest paused all the same, its write finds room when it goes on.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from typing import Final
 
 from nbdpull.errors import ScratchFullError, UsageError
 from nbdpull.source.rundir import RunDir
 
-__all__ = ["ScratchGuard"]
+__all__ = ["Overwritten", "ScratchGuard"]
 
 _HELD: Final = 64 << 20
 _LEAST: Final = 1 << 20
@@ -78,3 +80,37 @@ class ScratchGuard:
                 self._on_full(exc)
                 return
             await asyncio.sleep(_POLL_S)
+
+
+class Overwritten:
+    """Which blocks of a disk the guest may have overwritten since the point in time: those in its scratch.
+
+    A block's old content is in the scratch before the guest's write goes on. So whoever looks here *after* a
+    block status sees every block that the status can have been wrong about.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def close(self) -> None:
+        """Let the file go; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __call__(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The ranges of [start, end), as (start, end) in bytes; one thread at a time may ask."""
+        ranges = []
+        while start < end:
+            try:
+                first = os.lseek(self._fd, start, os.SEEK_DATA)
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:  # no data from there on, see lseek(2)
+                    break
+                raise
+            if first >= end:
+                break
+            last = min(os.lseek(self._fd, first, os.SEEK_HOLE), end)
+            ranges.append((first, last))
+            start = last
+        return ranges

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
+import nbdpull
 from nbdpull.nbdio.connection import Connection, unix_uri
-from tests.support.disk import MIB, create_disk
+from tests.integration.conftest import Keeper
+from tests.support.disk import MIB, compare, create_disk, to_raw
 from tests.support.tools import QemuTools
 from tests.support.vm import Vm
 
@@ -47,3 +51,38 @@ def test_overwritten_blocks_are_read_as_they_were_beside_untouched_ones(
                 buffer = bytearray(length)
                 connection.read_into(memoryview(buffer), offset)
                 assert buffer == b"\1" * length, (offset, length)
+
+
+@pytest.mark.parametrize("guest_first", [False, True], ids=["mode-b", "mode-c"])
+@pytest.mark.parametrize("level", ["full", "incremental"])
+def test_what_is_zeroed_during_a_backup_is_kept_as_it_was(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path, level: str, *, guest_first: bool
+) -> None:
+    """QEMU 7.2 tells block status of the point in time as it is now, wherever the guest wrote since."""
+    disk = create_disk(tmp_path, "vda", size=64 * MIB, tools=qemu_tools)
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -q -P 1 0 32M")
+        keeper.backup(vm.uri)
+        vm.qemu_io("vda", "write -q -P 2 0 32M")
+        truth = to_raw(disk.path, tmp_path / "truth", tools=qemu_tools)
+
+        def zero(progress: nbdpull.Progress) -> None:
+            # The point in time is there, and nothing of the disk was looked at yet.
+            if progress.kind is nbdpull.ProgressKind.DISK_START:
+                for command in (
+                    "write -q -z 1M 64k",
+                    "write -q -z -u 2M 1M",
+                    "discard -q 4M 1M",
+                    "write -q -z 8M 16M",
+                    "write -q -P 3 40M 1M",
+                ):
+                    vm.qemu_io("vda", command)
+
+        done = keeper.backup(vm.uri, level, guest_first=guest_first, progress=zero)
+        assert done.level == level
+        compare(keeper.restore(done.backup)["vda"], truth, tools=qemu_tools)
+        after = keeper.backup(vm.uri, guest_first=guest_first)
+        assert after.disks[0].level == "incremental"
+        compare(
+            keeper.restore(after.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
+        )

@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 from nbdpull.repo.collect import IDLE_S, Collector, _Session
-from nbdpull.repo.repository import Repository
+from nbdpull.repo.reuseplan import ReusePlan
 
 __all__ = ["MUTANTS"]
 
@@ -22,7 +22,11 @@ def _no_register(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_recheck(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Repository, "is_alive", lambda _self, _pin: True)
+    def look(self: ReusePlan) -> list[str]:
+        self._alive = set(self.pins)
+        return []
+
+    patch.setattr(ReusePlan, "look", look)
 
 
 def _no_second_look(patch: pytest.MonkeyPatch) -> None:
