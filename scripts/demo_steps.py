@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
@@ -28,6 +28,7 @@ from tests.support.linuxguest import (
     create_ext4_disk,
 )
 from tests.support.process import run, spawn, stop
+from tests.support.stores import seaweedfs
 from tests.support.tools import QEMU_10, QEMU_72, QemuTools
 from tests.support.vm import pid_alive
 
@@ -79,13 +80,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--qemu", choices=["7.2", "10"], default="7.2")
+    parser.add_argument("--s3", action="store_true")
     options = parser.parse_args()
     # SIGTERM then leaves through the same clean-up as an error.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     with work_folder(keep=options.keep) as folder:
         try:
-            steps(folder, QEMU_72 if options.qemu == "7.2" else QEMU_10)
+            with object_store() if options.s3 else nullcontext(str(folder / "repo")) as repo:
+                steps(folder, repo, QEMU_72 if options.qemu == "7.2" else QEMU_10)
         except (DemoError, AssertionError, TimeoutError, ConnectionError) as error:
             out.print(f"\n[bold red]FAILED:[/] {error}", markup=True)
             return 1
@@ -106,9 +109,21 @@ def work_folder(*, keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def steps(folder: Path, tools: QemuTools) -> None:
+@contextmanager
+def object_store() -> Iterator[str]:
+    """A location in a SeaweedFS that runs meanwhile; the environment says how to get in."""
+    head("An S3 server")
+    with seaweedfs() as server:
+        os.environ.update(server.env)
+        bucket = server.bucket()
+        out.print(f"SeaweedFS at {server.endpoint}, with an empty bucket '{bucket}'.")
+        yield f"s3://{bucket}/demo"
+        listed = server.client.request("GET", f"/{bucket}", "list-type=2&prefix=demo%2Fd%2F")
+        out.print(f"\nThe bucket holds {listed.body.count(b'<Key>')} packs.")
+
+
+def steps(folder: Path, repo: str, tools: QemuTools) -> None:
     """Everything, in order."""
-    repo = folder / "repo"
     head("A Linux guest with two ext4 disks")
     disks = [make_disk(folder, name, tools) for name in ("vda", "vdb")]
     with LinuxGuest(disks, tools=tools, name="demo") as guest:
@@ -181,7 +196,7 @@ def make_disk(folder: Path, name: str, tools: QemuTools) -> Disk:
     return disk
 
 
-def back_up(guest: LinuxGuest, repo: Path, level: str, title: str) -> Taken:
+def back_up(guest: LinuxGuest, repo: str, level: str, title: str) -> Taken:
     """Make one backup and note what the guest had said at its point in time."""
     guest.qmp("query-status")
     since = len(guest.events)
@@ -211,9 +226,9 @@ def back_up(guest: LinuxGuest, repo: Path, level: str, title: str) -> Taken:
     return backup
 
 
-def kill_one(guest: LinuxGuest, repo: Path) -> None:
+def kill_one(guest: LinuxGuest, repo: str) -> None:
     """Kill a backup with SIGKILL while bytes flow, and clean up after it."""
-    arguments = ["backup", guest.uri, "-r", str(repo), "-l", "full", "--progress", "json"]
+    arguments = ["backup", guest.uri, "-r", repo, "-l", "full", "--progress", "json"]
     command("nbdpull", *arguments, after=" &")
     log = guest.folder / "killed"
     process = spawn([NBDPULL, *arguments], stdout=PIPE, log=log)
