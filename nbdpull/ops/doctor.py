@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from nbdpull.errors import Error
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import DiskEstimate, DoctorResult, Finding, FindingKind, Level
-from nbdpull.ops.backup import known_disks
 from nbdpull.ops.estimate import EstimateOptions, estimate_open
+from nbdpull.ops.lineage import known_disks
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
 from nbdpull.source.base import Known, Source

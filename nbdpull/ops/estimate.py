@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import DiskEstimate, EstimateResult, Level
-from nbdpull.ops.backup import Chain, backup_level, known_disks, parent_of
+from nbdpull.ops.lineage import Chain, backup_level, known_disks, parent_of
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
 from nbdpull.source.base import Source

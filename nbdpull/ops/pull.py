@@ -38,9 +38,10 @@ from nbdpull.model.grain import (
 )
 from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
-from nbdpull.nbdio.connection import Cancelled, Connection, ReplyError
-from nbdpull.nbdio.status import Allocation, Dirty, StatusReader, allocation_reader, dirty_reader
+from nbdpull.nbdio.connection import Cancelled, Connection
+from nbdpull.nbdio.status import Dirty, StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
+from nbdpull.ops.extents import Overwritten, mark, plan_changed, zero_where_known
 from nbdpull.ops.fairqueue import FairQueue
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
@@ -52,8 +53,6 @@ __all__ = ["DiskPull", "PullCounts", "pull"]
 
 log = logging.getLogger(__name__)
 
-Overwritten = Callable[[int, int], Sequence[tuple[int, int]]]
-
 _ZERO: Final = bytearray(FRAME_MAX)
 _BATCH_BYTES: Final = 4 << 20
 _BATCH_FRAMES: Final = 64
@@ -62,8 +61,6 @@ _LANES: Final = 4
 """Disks that are pulled at a time: more would only need more of the connections that QEMU allows."""
 _CONNECTIONS: Final = 2
 """That a puller keeps, one a disk: QEMU accepts 100 from version 9.2 on (`nbd-server-start`)."""
-_ASK_GRAINS: Final = 4
-"""Shorter dirty runs are read without asking whether they are zero: the question costs as much."""
 _PROGRESS_S: Final = 0.25
 _ALLOCATION: Final = ("base:allocation",)
 
@@ -177,75 +174,6 @@ class _Meter:
                     },
                 )
             )
-
-
-def _mark(kinds: Kinds, starts: np.ndarray, ends: np.ndarray, base: int, kind: Kind) -> None:
-    """Set `kind` on every grain that one of the extents touches."""
-    first = (starts - base) // GRAIN
-    last = -((base - ends) // GRAIN)
-    if len(first) < 32:
-        for a, b in zip(first.tolist(), last.tolist(), strict=True):
-            kinds[a:b] = kind
-        return
-    steps = np.zeros(len(kinds) + 1, dtype=np.int32)
-    np.add.at(steps, first, 1)
-    np.add.at(steps, last, -1)
-    kinds[np.cumsum(steps[:-1]) > 0] = kind
-
-
-def _zero_where_known(
-    kinds: Kinds,
-    allocation: StatusReader | None,
-    base: int,
-    start: int,
-    end: int,
-    overwritten: Overwritten | None = None,
-) -> None:
-    """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes.
-
-    QEMU 7.2 tells of a point in time (snapshot-access) what overwritten blocks are *now*: what the guest
-    has zeroed since would be kept as zero. So what was overwritten is read, whatever its status says.
-    """
-    if allocation is None:
-        return
-    try:
-        starts, ends, flags = allocation.read(start, end)
-    except ReplyError as exc:
-        log.debug("reading all of bytes %d to %d: %s", start, end, exc)
-        return
-    data = (flags & Allocation.ZERO) == 0
-    first, last = (start - base) // GRAIN, -((base - end) // GRAIN)
-    kinds[first:last] = Kind.ZERO
-    if data.any():
-        _mark(kinds, starts[data], ends[data], base, Kind.DATA)
-    for since, until in overwritten(start, end) if overwritten is not None else ():
-        kinds[(since - base) // GRAIN : -((base - until) // GRAIN)] = Kind.DATA
-
-
-def _plan_changed(
-    kinds: Kinds,
-    dirty: StatusReader,
-    allocation: StatusReader | None,
-    base: int,
-    end: int,
-    overwritten: Overwritten | None = None,
-) -> int:
-    """Fill in `kinds` from a dirty bitmap; returns the changed bytes."""
-    starts, ends, flags = dirty.read(base, end)
-    changed = (flags & Dirty.DIRTY) != 0
-    if not changed.any():
-        return 0
-    starts, ends = starts[changed], ends[changed]
-    changed_bytes = int((ends - starts).sum())
-    _mark(kinds, starts, ends, base, Kind.DATA)
-    # A grain that changed in part is zero only if all of it is.
-    starts = starts // GRAIN * GRAIN
-    ends = np.minimum(-(-ends // GRAIN) * GRAIN, end)
-    # Asking for strictly what changed matters where the point in time shows nothing else (mode C).
-    for index in np.flatnonzero(ends - starts >= _ASK_GRAINS * GRAIN).tolist():
-        first, last = int(starts[index]), int(ends[index])
-        _zero_where_known(kinds, allocation, base, first, last, overwritten)
-    return changed_bytes
 
 
 def _batches(work: _SegmentWork) -> list[_Batch]:
@@ -384,7 +312,7 @@ class _Pull:
             kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
             starts, ends, flags = dirty.read(base, min(base + SEGMENT, disk.size))
             changed = (flags & Dirty.DIRTY) != 0
-            _mark(kinds, starts[changed], ends[changed], base, Kind.DATA)
+            mark(kinds, starts[changed], ends[changed], base, Kind.DATA)
             return kinds
 
         def read(offset: int, length: int) -> bytes:
@@ -420,10 +348,10 @@ class _Pull:
             began = time.perf_counter()
             if dirty is None:
                 kinds[:] = Kind.DATA
-                _zero_where_known(kinds, allocation, base, base, end, disk.overwritten)
+                zero_where_known(kinds, allocation, base, base, end, disk.overwritten)
                 changed = end - base
             else:
-                changed = _plan_changed(kinds, dirty, allocation, base, end, disk.overwritten)
+                changed = plan_changed(kinds, dirty, allocation, base, end, disk.overwritten)
             times.status_s += time.perf_counter() - began
             work = _SegmentWork(disk, index, kinds, [], 0)
             if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):

@@ -13,15 +13,8 @@ from numpy.typing import NDArray
 
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, frame_runs
 from nbdpull.nbdio.status import StatusReader
-from nbdpull.ops.pull import (
-    DiskPull,
-    _batches,
-    _is_zero,
-    _mark,
-    _plan_changed,
-    _SegmentWork,
-    _zero_where_known,
-)
+from nbdpull.ops.extents import mark, plan_changed, zero_where_known
+from nbdpull.ops.pull import DiskPull, _batches, _is_zero, _SegmentWork
 
 GRAINS = 96
 BASE = 3 * SEGMENT
@@ -85,7 +78,7 @@ def test_a_grain_is_marked_when_any_byte_of_it_is(parts: list[Extent]) -> None:
     marked = [part for part in parts if part[2]]
     starts = np.array([part[0] for part in marked], dtype=np.int64) + BASE
     ends = np.array([part[1] for part in marked], dtype=np.int64) + BASE
-    _mark(kinds, starts, ends, BASE, Kind.DATA)
+    mark(kinds, starts, ends, BASE, Kind.DATA)
     assert grains(kinds, Kind.DATA) == touched(parts, 1)
     assert grains(kinds, Kind.CLEAN) == set(range(GRAINS)) - touched(parts, 1)
 
@@ -98,7 +91,7 @@ def test_a_grain_is_zero_only_when_all_of_it_is(
     last = min(first + count, GRAINS)
     kinds = np.full(GRAINS, Kind.CLEAN, dtype=np.uint8)
     kinds[first:last] = Kind.DATA
-    _zero_where_known(kinds, reader(parts), BASE, BASE + first * GRAIN, BASE + last * GRAIN)
+    zero_where_known(kinds, reader(parts), BASE, BASE + first * GRAIN, BASE + last * GRAIN)
     data = touched(parts, 0) | touched(parts, 1)
     within = set(range(first, last))
     assert grains(kinds, Kind.ZERO) == within - data
@@ -110,7 +103,7 @@ def test_odd_end_of_a_disk_is_a_grain_of_its_own() -> None:
     end = 2 * GRAIN + 512
     kinds = np.full(3, Kind.DATA, dtype=np.uint8)
     told = reader([(0, 2 * GRAIN, 0), (2 * GRAIN, end, 3)])
-    _zero_where_known(kinds, told, BASE, BASE, BASE + end)
+    zero_where_known(kinds, told, BASE, BASE, BASE + end)
     assert kinds.tolist() == [Kind.DATA, Kind.DATA, Kind.ZERO]
 
 
@@ -123,7 +116,7 @@ def test_changed_grains_are_data_or_zero_and_never_clean(
     whole = [(a // GRAIN * GRAIN, b // GRAIN * GRAIN, flags) for a, b, flags in dirty]
     whole = [extent for extent in whole if extent[0] < extent[1]]
     told = Told(allocation)
-    changed = _plan_changed(
+    changed = plan_changed(
         kinds, reader(whole), cast(StatusReader, told), BASE, BASE + GRAINS * GRAIN
     )
     wanted = touched(whole, 1)

@@ -1,0 +1,177 @@
+"""What the repository knows of a VM's chain: which base each disk can be counted from, and what it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from nbdpull.errors import DamagedError, RepositoryError, UsageError, WrongKeyError
+from nbdpull.model.chain import Base, Decision, choose, choose_told
+from nbdpull.model.ids import BackupId
+from nbdpull.model.manifest import Manifest, Summary
+from nbdpull.model.results import Level
+from nbdpull.ops.heal import lost_segments
+from nbdpull.repo.repository import Backup, Repository
+from nbdpull.source.base import Disk, Known, KnownDisk
+from nbdpull.source.names import chain_id
+
+__all__ = ["Chain", "backup_level", "known_disks", "parent_of"]
+
+_TRIED = 3
+"""Earlier backups that are tried when their manifests are damaged."""
+
+
+class Chain:
+    """What the repository knows of one VM's chain."""
+
+    def __init__(
+        self, repository: Repository, vm: str, chain: str, *, sees_changes_only: bool
+    ) -> None:
+        self.repository = repository
+        self.vm = vm
+        self.chain = chain
+        self.sees_changes_only = sees_changes_only
+        self.id = chain_id(repository.id, vm, chain)
+        self._all: dict[str, Backup] = {found.id: found for found in repository.backups()}
+        self._manifests: dict[str, Manifest] = {}
+        self.backups = sorted(
+            (
+                found
+                for found in self._all.values()
+                if found.vm == vm
+                and found.chain == chain
+                and found.complete
+                and found.level is not Level.COPY
+            ),
+            key=lambda found: found.time,
+            reverse=True,
+        )
+
+    def committed(self, chain: str, backup: str) -> bool:
+        """Whether a checkpoint may belong to a durable backup: another chain's always may."""
+        return chain != self.id or (backup in self._all and self._all[backup].complete)
+
+    def summaries(self, disk: str) -> list[Summary]:
+        """This disk's part of each backup, newest first."""
+        return [
+            summary for found in self.backups for summary in found.disks if summary.disk == disk
+        ]
+
+    def unreadable(self, disk: str) -> Callable[[Base], str | None]:
+        """A check of what a base stored: `choose` asks it before it builds on one."""
+        by_backup = {summary.backup: summary for summary in self.summaries(disk)}
+
+        def check(base: Base) -> str | None:
+            try:
+                manifest = self.repository.manifest(by_backup[BackupId(base.backup)])
+                missing = self.repository.reader(manifest).missing_packs(copies=False)
+            except (DamagedError, RepositoryError, WrongKeyError) as exc:
+                return str(exc)
+            if missing:
+                return f"the repository misses {missing[0]}, which it refers to"
+            if self.sees_changes_only and lost_segments(self.repository.damage.lost(), manifest):
+                return "frames that it refers to are damaged, and --guest-first shows only changes"
+            self._manifests[f"{disk}/{base.backup}"] = manifest
+            return None
+
+        return check
+
+    def manifest(self, disk: str, base: Base) -> Manifest:
+        """The manifest of a base that passed `unreadable`."""
+        return self._manifests[f"{disk}/{base.backup}"]
+
+    def choose(
+        self, disk: Disk, wanted: Level | None, since: str | None
+    ) -> tuple[Decision, Manifest | None]:
+        """The level and the parent of one disk.
+
+        Raises:
+            UsageError: changes would be counted from another backup than `since`.
+        """
+        history = [
+            Base(
+                backup=summary.backup,
+                level=summary.disk_level,
+                size=summary.size,
+                checkpoint=summary.checkpoint,
+            )
+            for summary in self.summaries(disk.name)
+        ]
+        if disk.told is not None:
+            newest = self.backups[0].id if self.backups else None
+            decision = choose_told(
+                wanted,
+                disk.told,
+                size=disk.size,
+                newest=newest,
+                history=history,
+                unreadable=self.unreadable(disk.name),
+            )
+            fulls = wanted is Level.DIFFERENTIAL
+            last = [one.backup for one in history if not fulls or one.level is Level.FULL][:1]
+            if since is not None and not any(backup.startswith(since) for backup in last):
+                raise UsageError(
+                    f"disk '{disk.name}' can't be read since backup {since}: the chain's last"
+                    f" {'full' if fulls else 'backup'} of it is {last[0] if last else 'none'}; make a"
+                    " bitmap that counts from there, or leave --bitmap and --since out"
+                )
+        else:
+            decision = choose(
+                wanted,
+                size=disk.size,
+                bitmaps=disk.bitmaps,
+                history=history,
+                unreadable=self.unreadable(disk.name),
+            )
+        parent = self.manifest(disk.name, decision.base) if decision.base else None
+        return decision, parent
+
+    def like(self, disk: Disk, base: Backup | None) -> Manifest | None:
+        """An earlier backup of the disk to compare a full with.
+
+        Of this chain where there is one, else of another, else the disk of that name in `base`.
+        """
+        if not self.repository.reuses:
+            return None
+        candidates = [
+            ((found.vm == self.vm, found.chain == self.chain, found.time), summary)
+            for found in self._all.values()
+            if (found.vm == self.vm and found.complete)
+            or (base is not None and found.id == base.id)
+            for summary in found.disks
+            if (summary.disk, summary.size) == (disk.name, disk.size)
+        ]
+        for _, summary in sorted(candidates, key=lambda one: one[0], reverse=True)[:_TRIED]:
+            try:
+                return self.repository.manifest(summary)
+            except (DamagedError, WrongKeyError):
+                continue
+        return None
+
+    def full_checkpoint(self, disk: str) -> str | None:
+        """The bitmap that a differential of this disk would be counted from."""
+        for summary in self.summaries(disk):
+            if summary.disk_level is Level.FULL:
+                return summary.checkpoint
+        return None
+
+
+def backup_level(decisions: Iterable[Decision]) -> Level:
+    """A backup is called by what its disks were read as: full only when all were."""
+    levels = {decision.level for decision in decisions}
+    return next((level for level in levels if level is not Level.FULL), Level.FULL)
+
+
+def known_disks(repository: Repository, vm: str | None) -> Known:
+    """What the repository's backups, of one VM or all, know of checkpoints that are found."""
+    by_checkpoint: dict[str, list[KnownDisk]] = {}
+    for summary in repository.summaries():
+        if summary.checkpoint is not None and vm in {None, summary.vm}:
+            disk = KnownDisk(vm=summary.vm, disk=summary.disk, size=summary.size)
+            by_checkpoint.setdefault(summary.checkpoint, []).append(disk)
+    return lambda names: [disk for name in names for disk in by_checkpoint.get(name, ())]
+
+
+def parent_of(decisions: Iterable[Decision], chain: Chain) -> BackupId | None:
+    """The newest of the backups that the disks are counted from."""
+    bases = {decision.base.backup for decision in decisions if decision.base is not None}
+    return next((found.id for found in chain.backups if found.id in bases), None)
