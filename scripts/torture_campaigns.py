@@ -172,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with nullcontext() if arguments.campaign == "machine" else memory_repositories():
             told = _CAMPAIGNS[arguments.campaign](arguments)
     except AssertionError as exc:
-        print(f"{arguments.campaign}, seed {arguments.seed}: LOST: {exc}")
+        notes = "; ".join(getattr(exc, "__notes__", ()))
+        print(f"{arguments.campaign}, seed {arguments.seed}: LOST: {exc} {notes}")
         return 1
     print(f"{arguments.campaign}, seed {arguments.seed}: {told}; nothing lost;", end="")
     print(f" {time.monotonic() - began:.0f} s")

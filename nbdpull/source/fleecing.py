@@ -46,6 +46,7 @@ from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.rundir import RunDir
 from nbdpull.source.scratch import Overwritten, ScratchGuard
+from nbdpull.source.whole import finished
 
 __all__ = ["GUEST_DELAY_S", "QemuOptions", "QemuPlan", "QemuPointInTime", "freeze"]
 
@@ -190,6 +191,11 @@ class QemuPointInTime:
                     " folder that QEMU may use with --scratch)"
                 ) from exc
             self._push_delete(node)
+
+    async def _build(self, uri_of: Callable[[str], str]) -> None:
+        await self._add_scratch()
+        await self._freeze()
+        await self._serve(uri_of)
 
     async def _freeze(self) -> None:
         step = self._freeze_guest_first if self._options.guest_first else self._freeze_by_job
@@ -453,9 +459,13 @@ class QemuPointInTime:
         if self._released:
             return
         self._released = True
+        await finished(self._take_down())
+
+    async def _take_down(self) -> None:
         if not self._monitor_lost:
             await self._count_copied()
-        await asyncio.to_thread(self._guard.check)
+        with contextlib.suppress(OSError):  # only its peak is wanted
+            await asyncio.to_thread(self._guard.check)
         await self._stack.aclose()
         if not self._monitor_lost and isinstance(self.lost, ScratchFullError):
             # With the job gone the write that found no room succeeds.
@@ -474,6 +484,9 @@ class QemuPointInTime:
         await self._monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
 
     async def _remove_bitmaps(self, doomed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+        return await finished(self._try_to_remove(doomed))
+
+    async def _try_to_remove(self, doomed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
         problems = []
         for node, name in doomed:
             if self._monitor_lost:
@@ -542,9 +555,8 @@ async def freeze(
     watcher = None
     try:
         try:
-            await frozen._add_scratch()  # noqa: SLF001
-            await frozen._freeze()  # noqa: SLF001
-            await frozen._serve(uri_of)  # noqa: SLF001
+            # To its end, also when cancelled: what QEMU was told to make must be known to be removed.
+            await finished(frozen._build(uri_of))  # noqa: SLF001
         except BaseException:
             await frozen.release()
             for line in await frozen.discard():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -25,6 +24,7 @@ from nbdpull.source.leftovers import sweep
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import RunDir
+from nbdpull.source.whole import whole
 
 __all__ = ["QemuSource", "vm_name"]
 
@@ -124,7 +124,7 @@ class QemuSource:
             ) as frozen:
                 yield frozen
         finally:
-            await asyncio.to_thread(rundir.remove_scratch)
+            await whole(rundir.remove_scratch)
 
     async def close(self) -> None:
         """Let the run's folder and lock go.
@@ -133,4 +133,4 @@ class QemuSource:
         lives, and nobody may sweep it.
         """
         for rundir in self._rundirs:
-            await asyncio.to_thread(rundir.close)
+            await whole(rundir.close)

@@ -195,6 +195,8 @@ class Torture:
     def _commit(self) -> None:
         if self.overlay is None:
             return
+        # What a killed client left stands on the overlay, and QEMU commits only what nothing stands on.
+        nbdpull.cleanup(self.guest.uri, scratch=self.scratch)
         path, node = self.overlay
         self.guest.qmp("block-commit", job_id="commit", device=node)
         self.guest.wait_event("BLOCK_JOB_READY", since=0)
