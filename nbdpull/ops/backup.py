@@ -12,6 +12,7 @@ all along, so the next backup has everything.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,8 @@ __all__ = [
     "BackupOptions",
     "backup",
 ]
+
+log = logging.getLogger(__name__)
 
 
 AUDIT = 4
@@ -271,6 +274,7 @@ class _Run:
         self.level = backup_level(one.decision for one in chosen)
         self.times = PullTimes(0)
         self.sessions: list[Session] = []
+        self.committing = False
         self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
 
@@ -418,6 +422,7 @@ class _Run:
                     tags=self.options.tags,
                 )
             )
+        self.committing = True
         self.manifests = [
             session.commit(summary)
             for session, summary in zip(self.sessions, summaries, strict=True)
@@ -426,23 +431,31 @@ class _Run:
 
     async def _give_up(self, frozen: PointInTime) -> None:
         """After a failure: drop what only this run would have used."""
-        if await call(self._is_committed):
+        committed = await call(self._is_committed) if self.committing else False
+        if committed:
             # Ended between the commit and its confirmation: the backup counts all the same.
             await frozen.confirm(self._obsolete())
             return
         for session in self.sessions:
             await call(session.abandon)
+        if committed is None:
+            # Nothing is touched: the next run finds the exported bitmap, asks again, and decides.
+            log.warning(
+                "whether backup %s was committed can't be asked now; its bitmaps stay in QEMU until the"
+                " next backup, or 'nbdpull cleanup' with the repository, decides",
+                self.backup_id,
+            )
+            return
         await frozen.discard()
 
-    def _is_committed(self) -> bool:
-        """Whether the repository has the backup, although an error came after the last commit call."""
+    def _is_committed(self) -> bool | None:
+        """Whether the repository has the backup, although an error came; None when it can't be asked."""
         try:
             return any(
                 found.id == self.backup_id and found.complete for found in self.repository.backups()
             )
         except Error:
-            # It can't be asked. A checkpoint too many does no harm, one too few may cost a full.
-            return True
+            return None
 
     def _obsolete(self) -> dict[str, tuple[str, ...]]:
         """The chain's bitmaps that nothing is counted from any more, by disk name."""

@@ -194,6 +194,8 @@ class Healer:
         raw = read(row.start, row.rlen)
         if self._session.digest(raw) != row.digest:
             return None
+        # Its own session is where it has to go: what the repository has of it is what was lost.
+        self._session.lost |= {row.digest}
         ref = self._session.put(raw)
         stored = _Stored(row, ref.seq, ref.offset, ref.clen)
         self._stored.append(stored)

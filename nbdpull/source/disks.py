@@ -21,6 +21,7 @@ from typing import Any, Final
 from nbdpull.errors import CommandError, SourceError
 from nbdpull.model.chain import BitmapState
 from nbdpull.source.base import Disk, Skipped
+from nbdpull.source.names import run_of
 from nbdpull.source.qmp import Monitor
 
 __all__ = ["IOTHREADS_SAFE", "QemuDisk", "check_iothreads", "find_disks"]
@@ -108,7 +109,9 @@ class _Graph:
         return cls(
             nodes={entry["node-name"]: entry for entry in described},
             children=children,
-            has_parent=frozenset(children.values()),
+            has_parent=frozenset(
+                child for (parent, _), child in children.items() if not run_of(parent)
+            ),
         )
 
     def size(self, node: str) -> int:
@@ -269,7 +272,8 @@ async def _daemon_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk]
         objects = []  # the container is made with the first object
     threads = [entry["name"] for entry in objects if entry["type"] == "child<iothread>"]
     for top, described in graph.nodes.items():
-        if top in graph.has_parent:
+        # What a run of ours has put there, another chain's perhaps, is no disk and hides none.
+        if top in graph.has_parent or run_of(top):
             continue
         if described["ro"]:
             skipped.append(Skipped(name=top, reason="read-only"))

@@ -56,6 +56,8 @@ GUEST_DELAY_S: Final = 45
 """Seconds; longer than the time-outs of most storage, shorter than those of most guests (Linux: 120)."""
 
 _GONE_S: Final = 30.0
+_TRANSACTION_S: Final = 300.0
+"""It waits for all writes that are on their way: a guest's storage may stall for minutes."""
 _POLL_S: Final = 0.05
 
 
@@ -122,6 +124,7 @@ class QemuPointInTime:
         self._scratch: list[str] = []
         self._released = False
         self._monitor_lost = False
+        self._failed = False
         self.disks: tuple[ServedDisk, ...] = ()
         self.lost: PointInTimeLostError | None = None
         self.cost: GuestCost | None = None
@@ -140,16 +143,21 @@ class QemuPointInTime:
             self._monitor_lost = True
             log.warning("can't take the frozen view down, run 'nbdpull cleanup': %s", exc)
         except Error as exc:
+            self._failed = True
             log.warning("%s: %s", what, exc)
 
     def _push(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         self._stack.push_async_callback(self._undo, what, step)
 
     def _push_delete(self, node: str) -> None:
-        self._push(
-            f"removing node {node}",
-            lambda: self._monitor.execute("blockdev-del", {"node-name": node}),
-        )
+        self._push(f"removing node {node}", partial(self._delete_node, node))
+
+    async def _delete_node(self, node: str) -> None:
+        try:
+            await self._monitor.execute("blockdev-del", {"node-name": node})
+        except CommandError as exc:
+            if not _is_absent(exc):
+                raise
 
     def _bitmap_actions(self) -> list[dict[str, Any]]:
         actions: list[dict[str, Any]] = []
@@ -178,6 +186,9 @@ class QemuPointInTime:
             self._scratch.append(path)
             node = self._names.scratch(index)
             add = {"driver": "file", "node-name": node, "filename": path, "discard": "unmap"}
+            # What undoes a command is noted before it is sent: QEMU carries it out although its reply may
+            # come too late, or never.
+            self._push_delete(node)
             try:
                 await self._monitor.execute("blockdev-add", add)
             except CommandError as exc:
@@ -190,7 +201,6 @@ class QemuPointInTime:
                     " QEMU runs as, or as root (AppArmor or SELinux may forbid it, too: then choose a"
                     " folder that QEMU may use with --scratch)"
                 ) from exc
-            self._push_delete(node)
 
     async def _build(self, uri_of: Callable[[str], str]) -> None:
         await self._add_scratch()
@@ -208,8 +218,12 @@ class QemuPointInTime:
         self.quiesced = guest.result
 
     async def _freeze_by_job(self) -> None:
-        """Mode B: bitmaps and backup jobs of all disks in one transaction."""
-        actions = self._bitmap_actions()
+        """Mode B: backup jobs and bitmaps of all disks in one transaction.
+
+        The jobs come first: each keeps its disk drained until the transaction's end, so that no write can
+        fall between a disk's bitmaps and its view, also where the disk runs in an iothread.
+        """
+        actions: list[dict[str, Any]] = []
         for index, plan in enumerate(self._plans):
             job = {
                 "job-id": self._names.job(index),
@@ -219,11 +233,12 @@ class QemuPointInTime:
                 "filter-node-name": self._names.filter(index),
             }
             actions.append({"type": "blockdev-backup", "data": job})
+        actions += self._bitmap_actions()
         self._began = asyncio.get_running_loop().time()
-        await self._monitor.execute("transaction", {"actions": actions})
         for index in range(len(self._plans)):
             job_id = self._names.job(index)
             self._push(f"ending job {job_id}", partial(self._end_job, job_id))
+        await self._monitor.execute("transaction", {"actions": actions}, timeout_s=_TRANSACTION_S)
         await self._add_access()
 
     async def _freeze_guest_first(self) -> None:
@@ -271,8 +286,8 @@ class QemuPointInTime:
         if plan.base is not None:
             # Only what will be read is copied out.
             options["bitmap"] = {"node": plan.disk.node, "name": self._names.bitmap}
-        await self._monitor.execute("blockdev-add", options)
         self._push_delete(node)
+        await self._monitor.execute("blockdev-add", options)
 
         async def set_drive(value: str) -> None:
             await self._monitor.execute(
@@ -285,6 +300,7 @@ class QemuPointInTime:
     async def _add_access(self) -> None:
         for index in range(len(self._plans)):
             node = self._names.access(index)
+            self._push_delete(node)
             await self._monitor.execute(
                 "blockdev-add",
                 {
@@ -293,7 +309,6 @@ class QemuPointInTime:
                     "file": self._names.filter(index),
                 },
             )
-            self._push_delete(node)
 
     async def _serve(self, uri_of: Callable[[str], str]) -> None:
         tls = self._options.tls
@@ -328,6 +343,7 @@ class QemuPointInTime:
             if plan.base is not None:
                 arguments["bitmaps"] = [{"node": plan.disk.node, "name": self._names.bitmap}]
                 context = f"qemu:dirty-bitmap:{self._names.bitmap}"
+            self._push(f"removing export {export}", partial(self._end_export, export))
             try:
                 await self._monitor.execute("block-export-add", arguments)
             except CommandError as exc:
@@ -337,7 +353,6 @@ class QemuPointInTime:
                         " nbd-server-start, or leave --nbd-address out and nbdpull starts its own"
                     ) from exc
                 raise
-            self._push(f"removing export {export}", partial(self._end_export, export))
             whole = context is None or not self._options.guest_first
             overwritten = Overwritten(self._scratch[index])
             self._stack.callback(overwritten.close)
@@ -442,13 +457,23 @@ class QemuPointInTime:
             await asyncio.sleep(_POLL_S)
 
     async def _end_export(self, export: str) -> None:
-        await self._monitor.execute("block-export-del", {"id": export, "mode": "hard"})
+        try:
+            await self._monitor.execute("block-export-del", {"id": export, "mode": "hard"})
+        except CommandError as exc:
+            if _is_absent(exc):
+                return
+            raise
         await self._until_gone("export", "query-block-exports", "id", export)
 
     async def _end_job(self, job: str) -> None:
         with contextlib.suppress(CommandError):  # it may have ended by itself
             await self._monitor.execute("job-cancel", {"id": job})
         await self._until_gone("job", "query-jobs", "id", job)
+
+    @property
+    def gone(self) -> bool:
+        """Whether QEMU holds nothing of it any more, as far as is known."""
+        return not self._monitor_lost and not self._failed
 
     async def release(self) -> None:
         """End the frozen view: afterwards the guest's writes cost nothing any more.
@@ -522,6 +547,13 @@ class QemuPointInTime:
         return await self._remove_bitmaps(doomed)
 
 
+def _is_absent(exc: CommandError) -> bool:
+    """Whether QEMU refused because there is no such thing: it was never made."""
+    return any(
+        words in exc.description for words in ("Failed to find", "Cannot find", "is not found")
+    )
+
+
 @contextlib.asynccontextmanager
 async def freeze(
     monitor: Monitor,
@@ -532,6 +564,7 @@ async def freeze(
     options: QemuOptions,
     uri_of: Callable[[str], str],
     on_lost: OnLost,
+    on_released: Callable[[bool], None],
 ) -> AsyncIterator[QemuPointInTime]:
     """Freeze all disks at one moment and serve them; the context's end releases them.
 
@@ -543,6 +576,7 @@ async def freeze(
         options: in which way.
         uri_of: the URI of an export, by its name.
         on_lost: called in the event loop when the view breaks while it is in use.
+        on_released: told at the end whether QEMU holds nothing of it any more.
 
     When making it fails nothing of it is left, the bitmaps included. When the body fails only the
     frozen view is ended: the caller decides about the bitmaps.
@@ -559,6 +593,7 @@ async def freeze(
             await finished(frozen._build(uri_of))  # noqa: SLF001
         except BaseException:
             await frozen.release()
+            on_released(frozen.gone)
             for line in await frozen.discard():
                 log.debug("%s", line)
             raise
@@ -568,5 +603,6 @@ async def freeze(
         finally:
             watcher.cancel()
             await frozen.release()
+            on_released(frozen.gone)
     finally:
         unsubscribe()

@@ -124,14 +124,15 @@ async def _runs(
     monitor: Monitor, found: _Found, scratch: str | None
 ) -> AsyncIterator[tuple[str, FoundRun | None]]:
     """All runs that left something in this QEMU, or a folder that names it."""
-    here = {
+    folders = {
         run.path.name.removeprefix("nbdpull-"): run
         for run in await asyncio.to_thread(lambda: list(find_runs(scratch)))
-        if run.source == str(monitor.address)
     }
-    for run in sorted(found.runs() | set(here)):
+    # A run may have come by another monitor of the same QEMU: then its things here tell.
+    here = {name for name, run in folders.items() if run.source == str(monitor.address)}
+    for run in sorted(found.runs() | here):
         told = found.folder(run)
-        yield run, (find_run(told) if told else None) or here.get(run)
+        yield run, (find_run(told) if told else None) or folders.get(run)
 
 
 async def _try(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> str | None:

@@ -106,6 +106,11 @@ class QemuSource:
             for plan in plans
         ]
 
+        def released(gone: bool) -> None:  # noqa: FBT001 - a callback's one argument
+            # QEMU may still write to scratch that it was not seen to let go; 'cleanup' finds the folder.
+            if not gone:
+                rundir.keep()
+
         def uri_of(export: str) -> str:
             address, tls = self._options.nbd_address, self._options.tls
             if address is None:
@@ -121,6 +126,7 @@ class QemuSource:
                 options=self._options,
                 uri_of=uri_of,
                 on_lost=on_lost,
+                on_released=released,
             ) as frozen:
                 yield frozen
         finally:

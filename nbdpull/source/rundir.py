@@ -42,6 +42,7 @@ class RunDir:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
+        self._keep = False
 
     @classmethod
     def create(
@@ -172,16 +173,23 @@ class RunDir:
         else:
             (self.path / "paused").unlink(missing_ok=True)
 
+    def keep(self) -> None:
+        """Leave the folder and what is in it when this run ends: QEMU may still use it."""
+        self._keep = True
+
     def remove_scratch(self) -> None:
         """Remove the scratch images, once QEMU has let them go; never raises."""
+        if self._keep:
+            return
         self.let_go()
         for file in self.path.glob("disk*.raw"):
             with suppress(OSError):
                 file.unlink()
 
     def close(self) -> None:
-        """Remove the folder and let the lock go; never raises."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder, unless it is kept, and let the lock go; never raises."""
+        if not self._keep:
+            shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             os.close(self._lock)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import nbdpull
+from nbdpull.repo.repository import Repository, Session
 from nbdpull.source.qmp import Monitor
 from tests.integration.conftest import Keeper
 from tests.support.disk import MIB, compare, create_disk
@@ -85,3 +86,38 @@ def test_cancelled_at_every_command(
         vm.qemu_io("a", "flush")
         for name, path in keeper.restore(last.backup).items():
             compare(path, vm.disk(name).path, other_format="qcow2", tools=qemu_tools)
+
+
+@pytest.mark.parametrize("step", ["put", "seal", "commit"])
+def test_a_store_that_goes_away_costs_no_checkpoint(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    """Not even when it can't be asked afterwards whether the backup is there."""
+    disk = create_disk(tmp_path, "vda", size=4 * MIB, tools=qemu_tools)
+
+    def fail(*_: object, **_more: object) -> None:
+        monkeypatch.setattr(Repository, "backups", fail)
+        raise nbdpull.StoreError("the store is gone")
+
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -q -P 1 0 1M")
+        keeper.backup(vm.uri)
+        vm.qemu_io("vda", "write -q -P 2 1M 64k")
+        base = keeper.backup(vm.uri)
+        vm.qemu_io("vda", "write -q -P 3 2M 64k")
+        monkeypatch.setattr(Session, step, fail)
+        with pytest.raises(nbdpull.StoreError, match="is gone"):
+            keeper.backup(vm.uri)
+        monkeypatch.undo()
+        assert any(name.endswith(base.backup) for name in vm.bitmaps("vda"))
+        done = keeper.backup(vm.uri)
+        assert (done.level, done.parent) == ("incremental", base.backup)
+        assert done.disks[0].changed_bytes == 65536
+        assert len(vm.bitmaps("vda")) == 2
+        compare(
+            keeper.restore(done.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
+        )

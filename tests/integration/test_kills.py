@@ -221,6 +221,24 @@ def test_killed_client_of_a_storage_daemon(
         assert not any(daemon.leftovers().values())
 
 
+def test_a_live_run_hides_no_disk_of_a_storage_daemon(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    arguments = ["--chardev", f"socket,id=second,path={second},server=on,wait=off"]
+    arguments += ["--monitor", "chardev=second"]
+    with StorageDaemon(disks, tools=qemu_tools, arguments=arguments) as daemon:
+        with running_backup(daemon, keeper, "--vm", "d", "--chain", "a", *SLOWLY) as client:
+            told = nbdpull.estimate(f"qmp:{second}", keeper.repository, vm="d", chain="b")
+            assert {disk.name for disk in told.disks} == {"node-vda", "node-vdb"}
+            # It is alive, whatever monitor it came by.
+            assert nbdpull.cleanup(f"qmp:{second}", scratch=keeper.scratch).removed == ()
+            client.kill()
+            client.wait()
+        assert nbdpull.cleanup(f"qmp:{second}", scratch=keeper.scratch).removed
+        assert not any(daemon.leftovers().values())
+
+
 def test_taken_monitor_is_an_error_in_seconds(
     qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def try_to_freeze(tmp_path: Path, refusal: str) -> None:
                     options=QemuOptions(),
                     uri_of=lambda export: export,
                     on_lost=lambda _lost: None,
+                    on_released=lambda _gone: None,
                 ),
             ):
                 raise AssertionError("it was frozen")
