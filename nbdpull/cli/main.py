@@ -126,7 +126,7 @@ def _abandon_stdout() -> None:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 done with warnings, 10 no such repository,"
-    " 11 locked or in use, 12 wrong key, 128+N ended by signal N.",
+    " 11 locked or in use, 12 wrong key, 13 no more scratch room, 128+N ended by signal N.",
 )
 @click.version_option(__version__, "-V", "--version", message="nbdpull %(version)s")
 @click.pass_context

@@ -1,7 +1,7 @@
 """What surrounds every verb: signals, logging, and errors as exit codes.
 
 0 ok   1 failure   2 usage   3 done with warnings   10 no such repository   11 locked or in use
-12 wrong key   128+N ended by signal N
+12 wrong key   13 no more scratch room   128+N ended by signal N
 """
 
 from __future__ import annotations
