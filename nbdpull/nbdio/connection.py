@@ -182,7 +182,8 @@ class Connection:
                 for block status, one without reads faster: see `_start`.
             optional: more of them, which a server need not know: see `contexts` of the connection.
             cancel: once set, every call of this connection raises `Cancelled` soon.
-            timeout_s: how long to wait. QEMU leaves connections over its `max-connections` unanswered.
+            timeout_s: how long to wait for the end of the handshake. QEMU leaves connections over its
+                `max-connections` unanswered.
 
         Raises:
             UsageError: libnbd does not understand the URI.
@@ -407,15 +408,18 @@ def _shut(handle: nbd.NBD) -> None:
 def _await_ready(
     handle: nbd.NBD, uri: str, cancel: threading.Event | None, timeout_s: float
 ) -> None:
-    # Time is counted in waits, not by the clock: a process that was stopped meanwhile has not waited.
-    waits = round(timeout_s * 1000 / _TICK_MS)
+    # The whole handshake is bounded, not each silence in it: a server could send a byte now and then for
+    # ever. A wait counts as a tick at most, however long the clock says: a process that was stopped
+    # meanwhile has not waited.
+    waited = 0.0
     try:
         while handle.aio_is_connecting():
             if cancel is not None and cancel.is_set():
                 raise Cancelled
-            if not handle.poll(_TICK_MS):
-                waits -= 1
-            if waits <= 0:
+            began = time.monotonic()
+            handle.poll(_TICK_MS)
+            waited += min(time.monotonic() - began, _TICK_MS / 1000)
+            if waited >= timeout_s:
                 raise NbdError(
                     f"no answer from {uri} in {timeout_s:g} s; the server may have reached its"
                     " connection limit (max-connections), or hang"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -217,6 +220,43 @@ def _clients(path: Path) -> int:
 def test_silent_server_is_an_error_after_the_time_out(silent: str) -> None:
     with pytest.raises(NbdError, match=r"no answer from .* in 0\.3 s"):
         Connection.open(silent, timeout_s=0.3)
+
+
+@pytest.mark.parametrize("pause_s", [0.1, 0.005], ids=["greeting", "options"])
+def test_a_handshake_that_trickles_is_an_error(tmp_path: Path, pause_s: float) -> None:
+    """The server sends a byte now and then: slower than its greeting ends, or of answers without end."""
+    path = tmp_path / "trickle"
+    stop = threading.Event()
+
+    def trickle() -> None:
+        client, _ = listener.accept()
+        with client, suppress(OSError):
+            for byte in itertools.chain.from_iterable(endless()):
+                client.sendall(bytes([byte]))
+                if stop.wait(pause_s):
+                    return
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        server = threading.Thread(target=trickle, daemon=True)
+        server.start()
+        try:
+            with pytest.raises(NbdError, match=r"no answer from .* in 0\.5 s"):
+                Connection.open(unix_uri(str(path)), contexts=("x:y",), timeout_s=0.5)
+        finally:
+            stop.set()
+            server.join(10)
+
+
+def endless() -> Iterator[bytes]:
+    """What a server sends that agrees to structured replies and then lists contexts for ever."""
+    yield b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
+    head = struct.Struct(">QIII")
+    yield head.pack(0x3E889045565A9, 8, 1, 0)
+    for number in itertools.count():
+        payload = struct.pack(">I", number) + b"x:y"
+        yield head.pack(0x3E889045565A9, 10, 4, len(payload)) + payload
 
 
 def test_connection_limit_of_qemu_is_an_error_that_names_it(serve: Serve, image: Path) -> None:
