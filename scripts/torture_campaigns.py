@@ -79,7 +79,7 @@ def _kill_points(arguments: argparse.Namespace) -> str:
             for point in points:
                 if time.monotonic() > end:
                     break
-                campaign.play(point, thorough=played % 5 == 0)
+                campaign.play(point)
                 played += 1
             total += played
             told.append(f"{operation} {played} of {len(points)}")

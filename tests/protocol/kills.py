@@ -6,6 +6,7 @@ at, and the next runs must find their way in it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nbdpull.model.results import Level
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.store import Store
-from tests.protocol.stores import WatchedStore
+from tests.protocol.stores import Gate, WatchedStore
 from tests.protocol.world import World
 
 __all__ = ["OPERATIONS", "KillPoints", "Point"]
@@ -26,15 +28,29 @@ __all__ = ["OPERATIONS", "KillPoints", "Point"]
 _DIED: Final = 99
 _DAY_S: Final = 86400.0
 
-OPERATIONS: Final[Mapping[str, Callable[[World, Store, int], object]]] = {
-    "full": lambda world, store, seed: world.back_up(
-        store, random.Random(seed), full=True, disks=2
-    ),
-    "incremental": lambda world, store, seed: world.back_up(store, random.Random(seed), disks=2),
-    "forget": lambda world, store, _seed: world.forget(store, min(world.committed)),
-    "undo": lambda world, store, _seed: world.undo(store, min(world.forgotten)),
-    "gc": lambda world, store, _seed: world.collect(store),
-    "repack": lambda world, store, _seed: world.repack(store),
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What an operation works on: both stores are watched."""
+
+    world: World
+    store: Store
+    replica: Store
+    seed: int
+
+    def back_up(self, level: Level) -> None:
+        self.world.back_up(self.store, random.Random(self.seed), level=level, disks=2)
+
+
+OPERATIONS: Final[Mapping[str, Callable[[_Case], object]]] = {
+    "full": lambda case: case.back_up(Level.FULL),
+    "incremental": lambda case: case.back_up(Level.INCREMENTAL),
+    "differential": lambda case: case.back_up(Level.DIFFERENTIAL),
+    "forget": lambda case: case.world.forget(case.store, min(case.world.committed)),
+    "undo": lambda case: case.world.undo(case.store, min(case.world.forgotten)),
+    "gc": lambda case: case.world.collect(case.store),
+    "repack": lambda case: case.world.repack(case.store),
+    "copy": lambda case: case.world.copy(case.store, case.replica),
 }
 
 
@@ -55,29 +71,31 @@ class KillPoints:
         self._folder = folder
         self._seed = seed
         self._base = folder / "base"
-        self._base.mkdir(parents=True)
+        self._replica = folder / "replica"
+        for made in (self._base, self._replica):
+            made.mkdir(parents=True)
         store = LocalStore(self._base)
         rng = random.Random(seed)
         self._world = World()
-        names = [self._world.back_up(store, rng, disks=2) for _ in range(4)]
+        levels = (Level.FULL, Level.FULL, Level.INCREMENTAL, Level.INCREMENTAL)
+        names = [self._world.back_up(store, rng, level=level, disks=2) for level in levels]
         self._kill(self._world, store, Point("incremental", 30, after=True))
         self._world.forget(store, names[0])
 
     def count(self, operation: str) -> int:
         """How many calls the operation makes."""
         root = self._copy()
-        calls = 0
+        calls = itertools.count()
 
         @contextmanager
         def gate(_name: str, _key: str) -> Iterator[None]:
-            nonlocal calls
-            calls += 1
+            next(calls)
             yield
 
         world = deepcopy_world(self._world)
-        OPERATIONS[operation](world, WatchedStore(LocalStore(root), gate), self._seed)
+        self._run(operation, world, LocalStore(root), gate)
         self._world.possible |= world.committed
-        return calls
+        return next(calls)
 
     def points(self, operation: str) -> Iterator[Point]:
         """All points of an operation."""
@@ -85,37 +103,43 @@ class KillPoints:
             for after in (False, True):
                 yield Point(operation, call, after)
 
-    def play(self, point: Point, *, thorough: bool = True) -> None:
-        """Kill there, look at what is left, and go on with a backup and a collection.
-
-        `thorough` also repacks, and sees that two days later nothing is left over.
+    def play(self, point: Point) -> None:
+        """Kill there, look at what is left, and go on until two days later nothing may be left over.
 
         Raises:
             AssertionError: something acknowledged is lost, something half is shown, or the next runs fail.
         """
-        root = self._copy()
-        store = LocalStore(root)
+        store = LocalStore(self._copy())
         world = deepcopy_world(self._world)
         if point.operation == "forget":
             world.forgotten.add(min(world.committed))
         assert self._kill(world, store, point), f"{point} is no point"
         world.check(store)
         # The next runs, by the next processes.
+        if point.operation == "copy":
+            self._go_on_copying(world, store)
         world.back_up(store, random.Random(self._seed + 1), disks=2)
         world.collect(store)
-        if not thorough:
-            world.check(store)
-            return
         world.repack(store)
         world.check(store)
-        # Two days later nothing is left over.
-        _age(root)
-        for _ in range(2):
-            world.collect(store)
-            _age(root)
+        _wait_and_collect(world, store)
         world.check(store)
-        assert world.garbage(store) == []
-        assert [listed.key for listed in store.list("s")] == []
+
+    def _go_on_copying(self, world: World, store: LocalStore) -> None:
+        """Copy again, whether or not the replica was collected meanwhile, and long after."""
+        replica = LocalStore(self._replica)
+        world.check(replica, whole=False)
+        world.collect(replica)
+        world.check(replica, whole=False)
+        world.copy(store, replica)
+        world.check(replica)
+        _wait_and_collect(world, replica)
+        world.copy(store, replica)
+        world.check(replica)
+
+    def _run(self, operation: str, world: World, store: LocalStore, gate: Gate) -> None:
+        watched, replica = (WatchedStore(one, gate) for one in (store, LocalStore(self._replica)))
+        OPERATIONS[operation](_Case(world, watched, replica, self._seed))
 
     def _kill(self, world: World, store: LocalStore, point: Point) -> bool:
         """Whether the process died at the point."""
@@ -125,12 +149,11 @@ class KillPoints:
             code = os.waitstatus_to_exitcode(status)
             assert code in {0, _DIED}, f"{point} ended with {code}"
             return code == _DIED
-        calls = 0
+        calls = itertools.count()  # one `next` is one step, whichever thread it is of
 
         @contextmanager
         def gate(_name: str, _key: str) -> Iterator[None]:
-            nonlocal calls
-            number, calls = calls, calls + 1
+            number = next(calls)
             if number == point.call and not point.after:
                 os._exit(_DIED)
             try:
@@ -141,7 +164,7 @@ class KillPoints:
 
         code = 1
         try:
-            OPERATIONS[point.operation](world, WatchedStore(store, gate), self._seed)
+            self._run(point.operation, world, store, gate)
             code = 0
         finally:
             os._exit(code)
@@ -150,6 +173,8 @@ class KillPoints:
         root = self._folder / "now"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self._base, root, symlinks=True)
+        shutil.rmtree(self._replica)
+        self._replica.mkdir()
         return root
 
 
@@ -161,6 +186,16 @@ def deepcopy_world(world: World) -> World:
         possible=deepcopy(world.possible),
         forgotten=set(world.forgotten),
     )
+
+
+def _wait_and_collect(world: World, store: LocalStore) -> None:
+    """Two days later nothing is left over."""
+    _age(store.root)
+    for _ in range(2):
+        world.collect(store)
+        _age(store.root)
+    assert world.garbage(store) == []
+    assert [listed.key for listed in store.list("s")] == []
 
 
 def _age(root: Path) -> None:

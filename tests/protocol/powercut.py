@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from nbdpull.errors import Error
+from nbdpull.model.results import Level
 from nbdpull.repo.local import LocalStore
 from tests.protocol.oslog import OsLog, Survivors, dropping
 from tests.protocol.world import World
@@ -47,7 +48,8 @@ class PowerCut:
         world, rng = self._world, self._rng
         for number in range(rounds):
             for _ in range(3):
-                name = world.back_up(store, rng, full=rng.random() < 0.2, disks=2)
+                level = Level.FULL if rng.random() < 0.2 else Level.INCREMENTAL
+                name = world.back_up(store, rng, level=level, disks=2)
                 log.note(json.dumps(["committed", name]))
             visible = [backup.id for backup in world.repository(store).backups()]
             for name in rng.sample(visible[:-1], min(2, len(visible) - 1)):

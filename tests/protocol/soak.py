@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdpull.errors import Error
+from nbdpull.model.results import Level
 from nbdpull.repo import collect as collect_module
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.store import Store
@@ -188,8 +189,8 @@ class _Process:
         os.write(self._log, f"{line}\n".encode("ascii", "replace"))
 
     def _write(self, store: Store) -> None:
-        full = self._rng.random() < 0.1
-        name = self._world.back_up(store, self._rng, full=full, disks=self._rng.choice((1, 2)))
+        level = Level.FULL if self._rng.random() < 0.1 else Level.INCREMENTAL
+        name = self._world.back_up(store, self._rng, level=level, disks=self._rng.choice((1, 2)))
         digest = hashlib.sha256(self._world.committed.pop(name)).hexdigest()
         self._note(f"committed {name} {digest}")
 
@@ -199,10 +200,10 @@ class _Process:
 
     def _forget(self, store: Store) -> None:
         backups = self._world.repository(store).backups()
-        if len(backups) > 8:
-            name = self._rng.choice(backups[:-2]).id
-            self._note(f"forget {name}")
-            self._world.forget(store, name)
+        # Several at once: one that is killed again and again has to keep up with the writers.
+        for backup in self._rng.sample(backups[:-2], max(0, len(backups) - 8)):
+            self._note(f"forget {backup.id}")
+            self._world.forget(store, backup.id)
 
     def _repack(self, store: Store) -> None:
         self._world.repack(store)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Listed, Store, Upload
 
-__all__ = ["Killed", "MemoryStore", "WatchedStore"]
+__all__ = ["Gate", "Killed", "MemoryStore", "WatchedStore"]
 
 Gate = Callable[[str, str], AbstractContextManager[None]]
 """Called with the call's name and key; surrounds the call's effect."""

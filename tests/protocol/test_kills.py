@@ -9,7 +9,16 @@ import pytest
 from tests.protocol.kills import OPERATIONS, KillPoints
 from tests.protocol.world import memory_repositories
 
-EVERY = {"full": 23, "incremental": 31, "forget": 47, "undo": 23, "gc": 61, "repack": 97}
+EVERY = {
+    "full": 23,
+    "incremental": 31,
+    "differential": 31,
+    "forget": 47,
+    "undo": 23,
+    "gc": 61,
+    "repack": 97,
+    "copy": 97,
+}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

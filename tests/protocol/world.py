@@ -11,15 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+import pytest
+
 from nbdpull.errors import Error
 from nbdpull.model.config import Config
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest
 from nbdpull.model.results import Level
+from nbdpull.ops.copy import CopyOptions, _copy
 from nbdpull.ops.forget import ForgetOptions, _forget
 from nbdpull.ops.repack import RepackOptions, _Repack
 from nbdpull.ops.undo import UndoOptions, _undo
+from nbdpull.repo import repository as repository_module
+from nbdpull.repo.location import new_store, open_store
 from nbdpull.repo.repository import Backup, ParentGoneError, Repository
 from nbdpull.repo.store import Store
 from tests.repo.helpers import restore, store_changes, summary_for
@@ -64,17 +69,27 @@ class World:
     # -- what processes do -----------------------------------------------------------------------
 
     def back_up(
-        self, store: Store, rng: random.Random, *, full: bool = False, disks: int = 1
+        self,
+        store: Store,
+        rng: random.Random,
+        *,
+        level: Level = Level.INCREMENTAL,
+        disks: int = 1,
     ) -> str:
-        """One backup, on top of the newest one that is there; returns its id when it is durable."""
+        """One backup, on top of a new one or of the last full; returns its id when it is durable."""
         repository = self.repository(store)
         backups = [found for found in repository.backups() if found.complete]
-        parent = None if full or not backups else rng.choice(backups[-3:])
+        parent: Backup | None = None
+        if level is Level.DIFFERENTIAL:
+            fulls = [found for found in backups if found.disks[0].level is Level.FULL]
+            parent = fulls[-1] if fulls else None
+        elif level is Level.INCREMENTAL and backups:
+            parent = rng.choice(backups[-3:])
         name = BackupId(f"{rng.getrandbits(64):016x}")
         try:
-            content = self._write(repository, rng, name, parent, disks)
+            content = self._write(repository, rng, name, parent, level, disks)
         except ParentGoneError:
-            content = self._write(repository, rng, name, None, disks)
+            content = self._write(repository, rng, name, None, level, disks)
         with self.lock:
             self.committed[name] = content
         return name
@@ -85,6 +100,7 @@ class World:
         rng: random.Random,
         name: BackupId,
         parent: Backup | None,
+        level: Level,
         disks: int,
     ) -> bytes:
         before = b"".join(bytes([at + 1]) * GRAIN for at in range(GRAINS))
@@ -114,7 +130,7 @@ class World:
                         size=SIZE,
                         backup=name,
                         disk=f"vd{number}",
-                        level=Level.FULL if parent is None else Level.INCREMENTAL,
+                        level=Level.FULL if parent is None else level,
                         parent=None if parent is None else parent.id,
                         siblings=siblings,
                         time=time.time(),
@@ -156,6 +172,13 @@ class World:
         with _opened(self.repository(store)):
             _Repack(RepackOptions(repository="memory", ratio=1.0), None, threading.Event()).run()
 
+    def copy(self, store: Store, replica: Store) -> None:
+        """Copy all backups; the replica is made where nothing is."""
+        _current.replica = replica
+        with _opened(self.repository(store)):
+            options = CopyOptions(source="memory", target=_REPLICA)
+            _copy(options, None, threading.Event())
+
     def garbage(self, store: Store) -> list[str]:
         """Packs that no manifest refers to."""
         repository = self.repository(store)
@@ -169,12 +192,15 @@ class World:
 
     # -- what must be true -----------------------------------------------------------------------
 
-    def check(self, store: Store) -> int:
-        """See that nothing acknowledged is lost, and nothing half is shown; returns how many restored."""
+    def check(self, store: Store, *, whole: bool = True) -> int:
+        """See that nothing acknowledged is lost, and nothing half is shown; returns how many restored.
+
+        Without `whole` backups may be missing, and those that are shown must restore.
+        """
         repository = self.repository(store)
         assert repository.unreadable() == []
         shown = {backup.id: backup for backup in repository.backups()}
-        wanted = self.committed.keys() - self.forgotten
+        wanted = self.committed.keys() - self.forgotten if whole else set()
         assert wanted <= shown.keys(), f"lost: {sorted(wanted - shown.keys())}"
         restored = 0
         for name, backup in shown.items():
@@ -192,7 +218,6 @@ class World:
 
 
 _current = threading.local()
-_real_open = Repository.open
 
 
 def _open(*_args: object, **_kwargs: object) -> Repository:
@@ -210,14 +235,30 @@ def _opened(repository: Repository) -> Iterator[None]:
         del _current.repository
 
 
+_REPLICA: Final = "replica"
+
+
+def _open_replica(location: str) -> Store:
+    """The store that a copy goes to."""
+    if location != _REPLICA:
+        return open_store(location)
+    found: Store = _current.replica
+    return found
+
+
+def _new_replica(location: str) -> tuple[Store, int]:
+    """The same when there is no repository in it."""
+    return (_open_replica(location), 0) if location == _REPLICA else new_store(location)
+
+
 @contextmanager
 def memory_repositories() -> Iterator[None]:
     """Let verbs open what `World` hands them, instead of a folder."""
-    Repository.open = _open  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Repository, "open", _open)
+        patch.setattr(repository_module, "open_store", _open_replica)
+        patch.setattr(repository_module, "new_store", _new_replica)
         yield
-    finally:
-        Repository.open = _real_open  # type: ignore[method-assign]
 
 
 Work = Callable[[Store], object]
