@@ -70,9 +70,13 @@ class Packs(Sequence[tuple[int, int]]):
     @classmethod
     def distinct(cls, rows: NDArray[np.integer]) -> Packs:
         """From rows of (session, seq) in any order."""
-        keys = np.unique(
+        keys = np.sort(
             (rows[:, 0].astype(np.uint64) << np.uint64(32)) | rows[:, 1].astype(np.uint64)
         )
+        # np.unique would load numpy.ma, a tenth of what a small incremental takes besides its data.
+        first = np.ones(len(keys), dtype=bool)
+        first[1:] = keys[1:] != keys[:-1]
+        keys = keys[first]
         sessions = (keys >> np.uint64(32)).astype(np.uint32)
         return cls(np.column_stack((sessions, keys.astype(np.uint32))))
 
@@ -128,6 +132,9 @@ class Segment:
         for row in self._rows.tolist():
             yield Interval(*row)
 
+    def __getitem__(self, at: int) -> Interval:
+        return Interval(*self._rows[at].tolist())
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
@@ -139,7 +146,13 @@ class Segment:
         """Every pack referred to."""
         return Packs.distinct(self._rows[:, 2:4])
 
-    def whole_frames(self, kinds: Kinds) -> list[Interval]:
+    def covered(self, grains: int) -> NDArray[np.bool_]:
+        """For each of so many grains, whether an interval covers it."""
+        owner = np.full(grains, -1, dtype=np.int64)
+        _fill(owner, self._rows, 0)
+        return owner >= 0
+
+    def whole_frames(self, kinds: Kinds) -> Segment:
         """Intervals that show a frame from its first to its last grain, all of them DATA in `kinds`."""
         start, n, skip, flen = (
             self._rows[:, 0],
@@ -153,7 +166,7 @@ class Segment:
         ends = np.minimum(end, len(kinds))
         wanted = inside & (skip == 0) & (n == flen)
         wanted &= data[ends] - data[np.minimum(start, len(kinds))] == n
-        return [Interval(*row) for row in self._rows[wanted].tolist()]
+        return Segment(self._rows[wanted])
 
     def overlay(self, kinds: Kinds, new: Sequence[Interval]) -> Segment:
         """This segment with the changes of a later point in time.

@@ -9,6 +9,7 @@ again: frames must hash to what the manifest says, and what the manifest calls z
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,32 +51,31 @@ class Audit:
         rng = random.SystemRandom()
         segments = self.parent.manifest.segments
         mapped = [index for index, ref in enumerate(segments) if ref is not None]
-        several = range(segment_count(self.size))
-        for index in rng.choices(mapped, k=self.count) if mapped else ():
-            if (found := self._frame(rng, index)) is not None:
-                return found
-        for index in rng.choices(several, k=self.count):
-            if (found := self._zero(rng, index)) is not None:
-                return found
+        frames = Counter(rng.choices(mapped, k=self.count) if mapped else ())
+        zeroes = Counter(rng.choices(range(segment_count(self.size)), k=self.count))
+        # Segment by segment: what the bitmap says of one is asked once.
+        for index in sorted(frames | zeroes):
+            kinds = self.kinds_of(index)
+            looks = [self._frame] * frames[index] + [self._zero] * zeroes[index]
+            for look in looks:
+                if (found := look(rng, index, kinds)) is not None:
+                    return found
         return None
 
-    def _frame(self, rng: random.Random, index: int) -> str | None:
-        kinds = self.kinds_of(index)
-        # `known` is asked for what is to be read, and here that is what is clean.
+    def _frame(self, rng: random.Random, index: int, kinds: Kinds) -> str | None:
+        # It is asked for what is to be read, and here that is what is clean.
         asked = np.where(kinds == Kind.CLEAN, np.uint8(Kind.DATA), np.uint8(Kind.CLEAN))
-        frames = self.session.known(index, asked)
-        if not frames:
+        frame = self.session.any_known(index, asked, rng)
+        if frame is None:
             return None
-        frame = rng.choice(frames)
         offset = index * SEGMENT + frame.start * GRAIN
         if self.session.matches(frame, self.read(offset, frame.length)):
             return None
         return f"bytes {offset} to {offset + frame.length} changed, and the bitmap calls them clean"
 
-    def _zero(self, rng: random.Random, index: int) -> str | None:
-        blank = self.kinds_of(index) == Kind.CLEAN
-        for interval in self.parent.segment(index):
-            blank[interval.start : interval.start + interval.n] = False
+    def _zero(self, rng: random.Random, index: int, kinds: Kinds) -> str | None:
+        blank = kinds == Kind.CLEAN
+        blank &= ~self.parent.segment(index).covered(len(blank))
         grains = np.flatnonzero(blank)
         if not len(grains):
             return None

@@ -14,6 +14,7 @@ nothing else. No frame's payload is read for it: a writer that must not read old
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from nbdpull.model.frame import FrameHeader, FrameKind
 from nbdpull.model.grain import GRAIN, Kinds
 from nbdpull.model.ids import SessionId
 from nbdpull.model.index import PACKS_PER_INDEX
-from nbdpull.model.segment import Packs
+from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import Store
@@ -157,6 +158,24 @@ class FrameFinder(Protocol):
         """A frame with that digest that unpacks to `length` bytes, fit to be referred to."""
 
 
+def _whole_frames(like: ReuseSource, index: int, kinds: Kinds) -> Segment:
+    if index >= len(like.reader.manifest.segments):
+        return Segment.empty()
+    try:
+        return like.reader.segment(index).whole_frames(kinds)
+    except (DamagedError, WrongKeyError) as exc:
+        _log.debug("nothing of segment %d is reused: %s", index, exc)
+        return Segment.empty()
+
+
+def _known(like: ReuseSource, one: Interval) -> KnownFrame | None:
+    referred = like.refer(one.session, one.seq, one.offset)
+    if referred is None or referred[1].grains != one.flen:
+        return None
+    header, found = referred
+    return KnownFrame(one.start, header.rlen, header.digest, found)
+
+
 class Reuse:
     """What one session may refer to instead of storing it again.
 
@@ -178,20 +197,18 @@ class Reuse:
         digest says nothing about the part.
         """
         like = self._like
-        if like is None or index >= len(like.reader.manifest.segments):
+        if like is None:
             return []
-        try:
-            intervals = like.reader.segment(index).whole_frames(kinds)
-        except (DamagedError, WrongKeyError) as exc:
-            _log.debug("nothing of segment %d is reused: %s", index, exc)
-            return []
-        known = []
-        for one in intervals:
-            referred = like.refer(one.session, one.seq, one.offset)
-            if referred is not None and referred[1].grains == one.flen:
-                header, found = referred
-                known.append(KnownFrame(one.start, header.rlen, header.digest, found))
-        return known
+        frames = (_known(like, one) for one in _whole_frames(like, index, kinds))
+        return [frame for frame in frames if frame is not None]
+
+    def any_known(self, index: int, kinds: Kinds, rng: random.Random) -> KnownFrame | None:
+        """One of those that `known` would list, by chance, without looking the others up."""
+        like = self._like
+        if like is None:
+            return None
+        intervals = _whole_frames(like, index, kinds)
+        return _known(like, intervals[rng.randrange(len(intervals))]) if intervals else None
 
     def find(self, digest: bytes, length: int) -> Found | None:
         """A frame with that digest and length from anywhere."""

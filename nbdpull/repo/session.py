@@ -9,6 +9,7 @@ are on their way, so a slow store slows the callers instead of filling memory.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -152,6 +153,10 @@ class Session:
     def known(self, index: int, kinds: Kinds) -> Sequence[KnownFrame]:
         """What an earlier backup has inside the DATA grains of segment `index`: see `Reuse.known`."""
         return self._reuse.known(index, kinds)
+
+    def any_known(self, index: int, kinds: Kinds, rng: random.Random) -> KnownFrame | None:
+        """One of them, by chance: see `Reuse.any_known`."""
+        return self._reuse.any_known(index, kinds, rng)
 
     def digest(self, raw: Buffer) -> bytes:
         """What a frame of these bytes is named by."""

@@ -52,6 +52,7 @@ def test_overlay_does_what_is_done_grain_by_grain(history: list[tuple[list[Kind]
         expected |= content(Segment.of(new))
         segment = segment.overlay(kinds, new)
         assert content(segment) == expected
+        assert np.flatnonzero(segment.covered(48)).tolist() == sorted(expected)
         assert segment.packs() == Packs.of((key[0], key[1]) for key in expected.values())
         # What a backup stores must be what the next one reads.
         again = Segment.decode(segment.encode(), grains=48, sessions=session + 1)
