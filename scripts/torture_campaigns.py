@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from tests.protocol.kills import OPERATIONS, KillPoints
 from tests.protocol.model import Config, Mutant, search
 from tests.protocol.powercut import PowerCut
 from tests.protocol.scenario import play
-from tests.protocol.soak import Soak
+from tests.protocol.soak import S3, Soak
 from tests.protocol.world import memory_repositories
+from tests.support.stores import seaweedfs
 from tests.support.tools import QEMU_10, QEMU_72
 from tests.support.torture import Torture
 
@@ -87,15 +89,24 @@ def _kill_points(arguments: argparse.Namespace) -> str:
 
 
 def _soak(arguments: argparse.Namespace) -> str:
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        done = Soak(Path(folder), arguments.seed).run(
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+        if arguments.store == "s3":
+            server = stack.enter_context(seaweedfs())
+            os.environ.update(server.env)
+            soak = Soak(folder, arguments.seed, location=f"s3://{server.bucket()}/soak", pace=S3)
+        else:
+            soak = Soak(folder, arguments.seed)
+        done = soak.run(
             writers=arguments.writers,
             collectors=arguments.collectors,
+            forgetters=arguments.forgetters,
             kills=arguments.size,
             seconds=arguments.seconds,
         )
     return (
-        f"{arguments.writers} writers, {arguments.collectors} collectors, 1 forgetting, 1 repacking:"
+        f"{arguments.store}, {arguments.writers} writers, {arguments.collectors} collectors,"
+        f" {arguments.forgetters} forgetting, 1 repacking:"
         f" {done.kills} kills, {done.stops} stops, {done.commits} commits, {done.collections}"
         f" collections, {done.refused} runs that failed loudly, {done.kept} backups left and restored"
     )
@@ -149,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
         if name in {"search", "soak"}:
             verb.add_argument("--writers", type=int, default=2 if name == "search" else 6)
             verb.add_argument("--collectors", type=int, default=2)
+        if name == "soak":
+            verb.add_argument("--forgetters", type=int, default=1)
+            verb.add_argument(
+                "--store", choices=["local", "s3"], default="local", help="s3 is a SeaweedFS"
+            )
         if name == "search":
             verb.add_argument("--rounds", type=int, default=1, help="of each collector")
             verb.add_argument(

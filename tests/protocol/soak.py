@@ -1,4 +1,4 @@
-"""Many processes on one folder, killed at random: whatever was acknowledged must be there in the end.
+"""Many processes on one repository, killed at random: whatever was acknowledged must be there in the end.
 
 Writers, collectors, forgetting and repacking run as processes of their own, over and over. Their clocks are
 off by hours, some are stopped until their sessions count as dead, and all are killed with SIGKILL again and
@@ -18,21 +18,34 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdpull.errors import Error
 from nbdpull.model.results import Level
 from nbdpull.repo import collect as collect_module
-from nbdpull.repo.local import LocalStore
+from nbdpull.repo.location import open_store
 from nbdpull.repo.store import Store
 from tests.protocol.stores import Killed
 from tests.protocol.world import World
 from tests.repo.helpers import restore
 
-__all__ = ["Soak", "Soaked"]
+__all__ = ["LOCAL", "S3", "Pace", "Soak", "Soaked"]
 
-_IDLE_S: Final = 2.0
-"""After so long a session counts as dead here, instead of a day."""
+
+class Pace(NamedTuple):
+    """How fast a soak is, which is how fast its store is.
+
+    Attributes:
+        idle_s: after so long a session counts as dead, instead of a day.
+        pause_s: between two signals at most.
+    """
+
+    idle_s: float
+    pause_s: float
+
+
+LOCAL: Final = Pace(2.0, 0.15)
+S3: Final = Pace(10.0, 1.0)
 
 
 @dataclass(slots=True)
@@ -57,34 +70,53 @@ class Soaked:
 
 
 class Soak:
-    """One soak in a folder."""
+    """One soak of a repository."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        """Prepare an empty repository; `folder` is empty."""
+    def __init__(
+        self, folder: Path, seed: int, *, location: str | None = None, pace: Pace = LOCAL
+    ) -> None:
+        """Prepare an empty repository.
+
+        Args:
+            folder: an empty one.
+            seed: of all that is left to chance here.
+            location: of a prefix in an object store with nothing in it; None is in the folder. Nobody
+                may have opened one in this process: its library does not outlive a fork.
+            pace: of the store.
+        """
         self._log = folder / "log"
-        self._root = folder / "repo"
-        self._root.mkdir()
+        self._location = location or str(folder / "repo")
+        if location is None:
+            (folder / "repo").mkdir()
+        self._pace = pace
         self._rng = random.Random(seed)
         self._world = World()
         self._pids: dict[int, str] = {}
         self._next = seed << 20
 
     def run(
-        self, *, writers: int, collectors: int, kills: int, seconds: float = float("inf")
+        self,
+        *,
+        writers: int,
+        collectors: int,
+        kills: int,
+        forgetters: int = 1,
+        seconds: float = float("inf"),
     ) -> Soaked:
         """Soak until so many processes were killed, or for so long, and check.
 
         Raises:
             AssertionError: something acknowledged is lost.
         """
-        roles = ["writer"] * writers + ["collector"] * collectors + ["forgetter", "repacker"]
+        roles = ["writer"] * writers + ["collector"] * collectors
+        roles += ["forgetter"] * forgetters + ["repacker"]
         done = Soaked()
         end = time.monotonic() + seconds
         while done.kills < kills and time.monotonic() < end:
             for role in roles:
                 while list(self._pids.values()).count(role) < roles.count(role):
                     self._start(role)
-            time.sleep(self._rng.uniform(0.01, 0.15))
+            time.sleep(self._rng.uniform(0.01, self._pace.pause_s))
             pid = self._rng.choice(list(self._pids))
             if self._rng.random() < 0.2 and self._pids[pid] == "writer":
                 os.kill(pid, signal.SIGSTOP)
@@ -111,7 +143,7 @@ class Soak:
             self._pids[pid] = role
             return
         try:
-            _Process(self._world, self._root, self._log, self._next).work(role)
+            _Process(self._world, self._location, self._log, self._next, self._pace).work(role)
         finally:
             os._exit(1)
 
@@ -141,7 +173,7 @@ class Soak:
 
     def _check(self, done: Soaked) -> None:
         assert done.failures == [], f"a process failed: {done.failures[:3]}"
-        store = LocalStore(self._root)
+        store = open_store(self._location)
         repository = self._world.repository(store)
         assert repository.unreadable() == []
         shown = {backup.id: backup for backup in repository.backups()}
@@ -158,16 +190,16 @@ class Soak:
 class _Process:
     """What a child does."""
 
-    def __init__(self, world: World, root: Path, log: Path, seed: int) -> None:
+    def __init__(self, world: World, location: str, log: Path, seed: int, pace: Pace) -> None:
         self._world = world
         self._rng = random.Random(seed)
-        self._store = LocalStore(root)
+        self._store = open_store(location)
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         off_s = self._rng.uniform(-10, 10) * 3600
         real, real_ns = time.time, time.time_ns
         time.time = lambda: real() + off_s
         time.time_ns = lambda: real_ns() + int(off_s * 1e9)
-        collect_module.IDLE_S = _IDLE_S  # type: ignore[misc]
+        collect_module.IDLE_S = pace.idle_s  # type: ignore[misc]
 
     def work(self, role: str) -> None:
         """Go on until killed."""
