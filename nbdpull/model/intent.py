@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdpull.model.frame import FormatError
-from nbdpull.model.ids import is_hex
+from nbdpull.model.ids import SessionId, is_hex
 
 __all__ = ["INTENT_MAX", "Intent", "is_pin"]
 
@@ -29,9 +29,10 @@ class Intent:
     """What a session says before it begins.
 
     Attributes:
-        role: ``backup``, ``repack``, ``undo``, or ``gc``, which has no register and spares nothing.
+        role: ``backup``, ``repack``, ``undo``, ``copy``, or ``gc``, which has no register and spares nothing.
         disk: id of the disk whose register `m/<disk>/<sid>` it will create; empty for ``gc``.
         pins: manifests (`is_pin`) whose packs the session may refer to.
+        brings: other sessions, whose packs and indexes it copies here: they are spared like its own.
         host, time: for people; no host where the repository is encrypted.
         keys: the session's sealed keys, where it is encrypted.
     """
@@ -39,6 +40,7 @@ class Intent:
     role: str
     disk: str
     pins: tuple[str, ...] = ()
+    brings: tuple[SessionId, ...] = ()
     host: str = ""
     time: float = 0.0
     keys: bytes | None = None
@@ -51,6 +53,8 @@ class Intent:
             "pins": list(self.pins),
             "time": self.time,
         }
+        if self.brings:
+            fields["brings"] = list(self.brings)
         if self.host:
             fields["host"] = self.host
         if self.keys is not None:
@@ -77,6 +81,11 @@ class Intent:
             raise FormatError("its 'disk' is no disk id")
         if not all(isinstance(pin, str) and is_pin(pin) for pin in pins):
             raise FormatError("it has a pin that can't be")
+        brings = fields.get("brings", [])
+        if not isinstance(brings, list) or not all(
+            isinstance(sid, str) and is_hex(sid, 32) for sid in brings
+        ):
+            raise FormatError("it brings a session that can't be")
         host, time, keys = fields.get("host"), fields.get("time"), fields.get("keys")
         try:
             envelope = bytes.fromhex(keys) if isinstance(keys, str) else None
@@ -86,6 +95,7 @@ class Intent:
             role=role,
             disk=disk,
             pins=tuple(pins),
+            brings=tuple(map(SessionId, brings)),
             host=host if isinstance(host, str) else "",
             time=float(time) if isinstance(time, float) else 0.0,
             keys=envelope,

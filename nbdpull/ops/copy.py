@@ -67,7 +67,7 @@ def _copy(
         backups = [one for one in source.backups() if one.complete]
     copier = source.copier(options.target, check=check)
     copied, present, forgotten = [], [], []
-    copier.copy_slots()
+    copier.begin()
     for backup in backups:
         if not backup.complete:
             raise RepositoryError(

@@ -246,7 +246,7 @@ class Collector:
                     needed = kept_packs(self._store, self._repository, self._references)
                     self._references.add_packs(needed)
                 if self._is_current(doomed):
-                    self.collected.live = sorted(SessionId(sid) for sid in live)
+                    self.collected.live = sorted(one.id for one in sessions if one.id in live)
                     return _View(doomed, objects, sessions, registers, live, pinned)
             _log.debug("another collector was ahead; looking again")
         raise RepositoryError(
@@ -383,6 +383,7 @@ class Collector:
                     self.collected.revoked.append(session.id)
                 continue
             live.add(session.id)
+            live.update(session.intent.brings)
             pinned.update(session.intent.pins)
             # A pin that is not there was looked for in vain, and its session does without. But if it
             # committed while the listing was under way, its pins were free to go from then on.

@@ -6,85 +6,46 @@ A replica has the repository's id, since every pack and manifest names it and en
 A pack is read once, checked in memory against the manifest's chain, and written; nothing is decoded that
 is not also checked. Copying again goes on where it ended.
 
-A collector must spare packs whose manifest is not there yet. So each session whose packs come has an
-intent in the replica meanwhile, with a disk id that no disk has: if such an intent is taken for dead, its
-revocation lies where it hinders nobody. A collection that began before is waited for by the user.
+A damaged frame that a later session stored anew comes with what it is read from: the record of healing and
+the pack with the copy. Its own pack comes as it is when each of its frames can be read so; else it stays
+behind, and the backup is copied only if the replica alone then reads all that it needs of that pack.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from nbdpull.errors import DamagedError, InUseError, RepositoryError, StoreError
-from nbdpull.model.frame import FormatError
-from nbdpull.model.ids import SessionId
+from nbdpull.errors import DamagedError, RepositoryError, StoreError
+from nbdpull.model.damage import RECORD_MAX
 from nbdpull.model.index import PACKS_PER_INDEX
-from nbdpull.model.intent import INTENT_MAX, Intent
-from nbdpull.model.manifest import MANIFEST_MAX, Manifest, register_kind
+from nbdpull.model.manifest import MANIFEST_MAX, Manifest, SessionRef, register_kind
+from nbdpull.repo.copyguard import CopyGuard, check_revoked
+from nbdpull.repo.damage import HealedCopies, Pack
+from nbdpull.repo.held import Held
+from nbdpull.repo.marks import there
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuseplan import pin_of
-from nbdpull.repo.store import KeyExistsError, KeyMissingError, Listed, Store, Upload
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
 
 __all__ = ["REPLICA", "Copier", "replica_mark"]
 
+_log = logging.getLogger(__name__)
+
 REPLICA: Final = "replica.json"
 """The object that says that a repository is a replica."""
-_NOBODY: Final = "0" * 32
 _INDEX_MAX: Final = 16 << 20
-_REFRESH_S: Final = 3600.0
 _WORKERS: Final = 3  # each holds a pack
 
 
 def replica_mark() -> bytes:
     """The bytes of `REPLICA`."""
     return (json.dumps({"nbdpull": "replica"}) + "\n").encode()
-
-
-class _Held:
-    """A store with some objects in memory: what was fetched is checked before it is passed on."""
-
-    def __init__(self, below: Store) -> None:
-        self._below = below
-        self.held: dict[str, bytes] = {}
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """See `Store.get_range`."""
-        raw = self.held.get(key)
-        return (
-            self._below.get_range(key, start, length)
-            if raw is None
-            else raw[start : start + length]
-        )
-
-    def get(self, key: str, *, limit: int) -> bytes:
-        """See `Store.get`."""
-        return self._below.get(key, limit=limit)
-
-    def stat(self, key: str) -> Listed:
-        """See `Store.stat`."""
-        return self._below.stat(key)
-
-    def list(self, prefix: str) -> Iterator[Listed]:
-        """See `Store.list`."""
-        return self._below.list(prefix)
-
-    def create(self, key: str, data: bytes) -> None:  # noqa: ARG002
-        """Nothing is written to what is copied from."""
-        raise StoreError(f"{key} is not written here")
-
-    def begin(self, key: str) -> Upload:
-        """Nothing is written to what is copied from."""
-        raise StoreError(f"{key} is not written here")
-
-    def delete(self, key: str) -> None:
-        """Nothing is written to what is copied from."""
-        raise StoreError(f"{key} is not deleted here")
 
 
 @dataclass(slots=True)
@@ -95,12 +56,27 @@ class CopyCounts:
     written_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """A pack with damage, which the replica must be seen to do without.
+
+    Attributes:
+        damage: what is wrong with it, or None where its frames were all read.
+    """
+
+    manifest: Manifest
+    session: int
+    seq: int
+    damage: DamagedError | None
+
+
 class Copier:
     """From one store into another of the same repository id.
 
     Args:
         source: is only read.
         target: the replica.
+        repository: its id.
         reader: of a manifest in one of the stores.
         frames: whether the keys open disk data, so that each frame can be hashed; else a pack is checked
             for its size, header, directory and footer alone.
@@ -112,22 +88,30 @@ class Copier:
         source: Store,
         target: Store,
         *,
+        repository: str,
         reader: Callable[[Store, Manifest], DiskReader],
         frames: bool,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
         self._target = target
-        self._held = _Held(source)
+        self._held = Held(source)
         self._reader = reader
         self._frames = frames
         self._check = check
-        self._intents: set[str] = set()
-        self._fresh = 0.0
+        self._healed = HealedCopies(source, repository)
+        self._doubts: list[_Doubt] = []
         self.counts = CopyCounts()
 
-    def copy_slots(self) -> None:
-        """Copy the key slots that are not there: a replica is opened with the same passwords."""
+    def begin(self) -> None:
+        """See that the replica can be copied to, and bring the key slots that it has not got.
+
+        It is opened with the same passwords.
+
+        Raises:
+            InUseError: what is there may be about to go.
+        """
+        check_revoked(self._target)
         for listed in list(self._source.list("key")):
             raw = self._source.get(listed.key, limit=max(listed.size, 1))
             with suppress(KeyExistsError):
@@ -136,7 +120,7 @@ class Copier:
     def forgotten(self, manifests: Sequence[Manifest]) -> bool:
         """Whether a backup was forgotten in the replica: it is not brought back."""
         pins = [pin_of(one) for one in manifests]
-        return any(self._there(f"{mark}/{pin}") for pin in pins for mark in "tf")
+        return any(there(self._target, f"{mark}/{pin}") for pin in pins for mark in "tf")
 
     def copy(self, manifests: Sequence[Manifest]) -> bool:
         """Copy one backup, all its disks; returns whether anything had to be written.
@@ -151,130 +135,150 @@ class Copier:
         before = self.counts.objects
         readers = [self._reader(self._held, one) for one in manifests]
         sids = {reader.manifest.sessions[at].sid for reader in readers for at, _ in reader.packs()}
-        self._announce(sids)
-        for reader in readers:
-            self._copy_objects(reader)
-        self._look_for_collectors()
-        for one in manifests:
-            missing = self._reader(self._target, one).missing_packs()
-            if missing:
-                raise StoreError(f"the replica does not list {missing[0]}, which was just copied")
-        for one in manifests:
-            self._copy_manifest(one)
-        self.finish()
+        records, copies = self._healed.of(
+            (reader.manifest.sessions[at].sid, seq)
+            for reader in readers
+            for at, seq in reader.packs()
+        )
+        guard = CopyGuard(self._target, sids | {sid for sid, _ in copies})
+        try:
+            self._doubts = []
+            for pack, index in copies.items():
+                self._check()
+                self._copy_carrier(manifests[0], pack, index)
+            for reader in readers:
+                self._copy_objects(reader)
+            for key in records:
+                self._create(key, self._get(key, RECORD_MAX))
+            self._see_that_it_reads()
+            self._see_that_it_is_listed(manifests)
+            for one in manifests:
+                self._copy_manifest(one)
+            guard.check()
+        except BaseException:
+            guard.stop()
+            raise
+        guard.end()
         return self.counts.objects > before
 
     def _is_whole(self, manifests: Sequence[Manifest]) -> bool:
         return all(
-            self._there(f"m/{pin_of(one)}") and not self._reader(self._target, one).missing_packs()
+            there(self._target, f"m/{pin_of(one)}")
+            and not self._reader(self._target, one).missing_packs()
             for one in manifests
         )
 
-    def finish(self) -> None:
-        """Take back the intents: manifests hold the packs now, or nothing does."""
-        for key in self._intents:
-            self._target.delete(key)
-        self._intents.clear()
+    def _see_that_it_is_listed(self, manifests: Iterable[Manifest]) -> None:
+        for one in manifests:
+            missing = self._reader(self._target, one).missing_packs()
+            if missing:
+                raise StoreError(f"the replica does not list {missing[0]}, which was just copied")
 
-    # -- what a collector sees -----------------------------------------------------------------------
-
-    def _announce(self, sids: set[SessionId]) -> None:
-        self._intents = {f"s/{sid}" for sid in sids}
-        self._refresh()
-        self._look_for_collectors()
-
-    def _refresh(self) -> None:
-        """Make the intents young: a collector goes by the store's time."""
-        raw = Intent(role="copy", disk=_NOBODY, time=time.time()).encode()
-        for key in sorted(self._intents):
-            self._target.delete(f"m/{_NOBODY}/{key[2:]}")
-            self._target.delete(key)
-            with suppress(KeyExistsError):  # another copy does the same
-                self._target.create(key, raw)
-        self._fresh = time.clock_gettime(time.CLOCK_BOOTTIME)
-
-    def _keep_alive(self) -> None:
-        self._check()
-        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._fresh > _REFRESH_S:
-            self._refresh()
-            self._look_for_collectors()
-
-    def _look_for_collectors(self) -> None:
-        for listed in list(self._target.list("s")):
-            if listed.key in self._intents:
-                continue
-            try:
-                intent = Intent.decode(self._target.get(listed.key, limit=INTENT_MAX))
-            except (KeyMissingError, FormatError):
-                continue
-            if intent.role == "gc":
-                raise InUseError(
-                    f"a garbage collection runs on the replica (or died there within a day: then delete"
-                    f" {listed.key}); copy again when it is done"
-                )
-
-    # -- objects -----------------------------------------------------------------------------------
+    # -- packs and indexes -------------------------------------------------------------------------
 
     def _copy_objects(self, reader: DiskReader) -> None:
         packs = list(reader.packs())
         sids = {at: reader.manifest.sessions[at].sid for at, _ in packs}
-        there = {
-            listed.key: listed.size
-            for sid in sids.values()
-            for prefix in ("d", "x")
-            for listed in self._target.list(f"{prefix}/{sid}")
-        }
+        prefixes = [f"{prefix}/{sid}" for sid in set(sids.values()) for prefix in "dx"]
+        sizes = _sizes(self._target, *prefixes)
         numbers = sorted({(at, seq // PACKS_PER_INDEX) for at, seq in packs})
         with ThreadPoolExecutor(_WORKERS, thread_name_prefix="nbdpull-copy") as pool:
-            tasks = [pool.submit(self._copy_pack, reader, at, seq, there) for at, seq in packs]
-            tasks += [pool.submit(self._copy_index, reader, at, n, there) for at, n in numbers]
+            tasks = [pool.submit(self._copy_pack, reader, at, seq, sizes) for at, seq in packs]
+            tasks += [pool.submit(self._copy_index, reader, at, n, sizes) for at, n in numbers]
             try:
                 waiting = set(tasks)
                 while waiting:
                     done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_EXCEPTION)
                     for task in done:
                         task.result()
-                    self._keep_alive()
+                    self._check()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _copy_pack(self, reader: DiskReader, session: int, seq: int, there: dict[str, int]) -> None:
+    def _copy_pack(
+        self, reader: DiskReader, session: int, seq: int, sizes: Mapping[str, int]
+    ) -> None:
+        key = reader.key(session, seq)
+        pack = (reader.manifest.sessions[session].sid, seq)
+        doubtful = self._frames and self._healed.has(pack)
+        damage: DamagedError | None = None
+        if not self._is_there(key, reader.pack_place(session, seq).size, sizes):
+            try:
+                self._create(key, self._get_pack(reader, session, seq))
+            except DamagedError as exc:
+                if not doubtful:
+                    raise
+                damage = exc
+        if doubtful:
+            self._doubts.append(_Doubt(reader.manifest, session, seq, damage))
+
+    def _get_pack(self, reader: DiskReader, session: int, seq: int) -> bytes:
+        """A pack, checked.
+
+        Raises:
+            DamagedError: it is not what was written, or a frame of it can be read nowhere.
+        """
         key = reader.key(session, seq)
         size = reader.pack_place(session, seq).size
-        if self._is_there(key, size, there):
-            return
-        raw = self._get(key, size)
-        if len(raw) != size:
-            raise DamagedError(f"pack {key} has {len(raw)} bytes, expected {size}", key=key)
-        self._held.held[key] = raw
         try:
+            raw = self._source.get_range(key, 0, size + 1)
+        except KeyMissingError as exc:
+            raise DamagedError(f"{key} is missing; was its backup forgotten?", key=key) from exc
+        if len(raw) != size:
+            found = f"{len(raw)} bytes" if len(raw) < size else "more"
+            raise DamagedError(f"pack {key} has {found}, expected {size} bytes", key=key)
+        with self._held.holding(key, raw):
             reader.check_pack(session, seq)
             if self._frames:
                 reader.check_frames(session, seq)
-        finally:
-            del self._held.held[key]
-        self._create(key, raw)
+        return raw
 
     def _copy_index(
-        self, reader: DiskReader, session: int, number: int, there: dict[str, int]
+        self, reader: DiskReader, session: int, number: int, sizes: Mapping[str, int]
     ) -> None:
         key = f"x/{reader.manifest.sessions[session].sid}/{number}"
         raw = self._get(key, _INDEX_MAX)
-        if self._is_there(key, len(raw), there):
+        if self._is_there(key, len(raw), sizes):
             return
-        self._held.held[key] = raw
-        try:
+        with self._held.holding(key, raw):
             reader.directories(session, number)
-        finally:
-            del self._held.held[key]
         self._create(key, raw)
+
+    # -- what was stored anew ----------------------------------------------------------------------
+
+    def _copy_carrier(self, like: Manifest, pack: Pack, index: bytes) -> None:
+        """Copy a pack with copies of damaged frames; what is not as it was written is left out."""
+        sid, seq = pack
+        number = seq // PACKS_PER_INDEX
+        session = SessionRef(sid, ((number, index),))
+        reader = self._reader(self._held, replace(like, sessions=(session,), segments=()))
+        try:
+            key = reader.key(0, seq)
+            size = reader.pack_place(0, seq).size
+            if not self._is_there(key, size, _sizes(self._target, f"d/{sid}")):
+                self._create(key, self._get_pack(reader, 0, seq))
+            self._copy_index(reader, 0, number, _sizes(self._target, f"x/{sid}"))
+        except DamagedError as exc:
+            _log.debug("copies of damaged frames are left out: %s", exc)
+
+    def _see_that_it_reads(self) -> None:
+        """Read, from the replica alone, what the backups need of packs with damage."""
+        for doubt in self._doubts:
+            self._check()
+            reader = self._reader(self._target, doubt.manifest)
+            try:
+                _read_needed(reader, doubt.session, doubt.seq)
+            except DamagedError as exc:
+                raise doubt.damage or exc from exc
+
+    # -- single objects ----------------------------------------------------------------------------
 
     def _copy_manifest(self, manifest: Manifest) -> None:
         key = f"m/{pin_of(manifest)}"
         raw = self._get(key, MANIFEST_MAX)
         try:
-            self._create(key, raw)
+            self._target.create(key, raw)
         except KeyExistsError:
             found = self._target.get(key, limit=MANIFEST_MAX)
             if found != raw:
@@ -282,6 +286,8 @@ class Copier:
                     f"the replica has another object under {key} ({register_kind(found)}); it can't be"
                     " a replica of this backup"
                 ) from None
+        else:
+            self._count(raw)
 
     def _get(self, key: str, limit: int) -> bytes:
         try:
@@ -290,13 +296,21 @@ class Copier:
             raise DamagedError(f"{key} is missing; was its backup forgotten?", key=key) from exc
 
     def _create(self, key: str, raw: bytes) -> None:
-        self._target.create(key, raw)
+        """Make an object, unless another copy just did."""
+        try:
+            self._target.create(key, raw)
+        except KeyExistsError:
+            self._is_there(key, len(raw), {key: self._target.stat(key).size})
+        else:
+            self._count(raw)
+
+    def _count(self, raw: bytes) -> None:
         self.counts.objects += 1
         self.counts.written_bytes += len(raw)
 
     @staticmethod
-    def _is_there(key: str, size: int, there: dict[str, int]) -> bool:
-        found = there.get(key)
+    def _is_there(key: str, size: int, sizes: Mapping[str, int]) -> bool:
+        found = sizes.get(key)
         if found is not None and found != size:
             raise StoreError(
                 f"the replica has {key} with {found} bytes, expected {size}; delete it there and copy"
@@ -304,9 +318,23 @@ class Copier:
             )
         return found is not None
 
-    def _there(self, key: str) -> bool:
-        try:
-            self._target.stat(key)
-        except KeyMissingError:
-            return False
-        return True
+
+def _sizes(store: Store, *prefixes: str) -> Mapping[str, int]:
+    return {listed.key: listed.size for prefix in prefixes for listed in store.list(prefix)}
+
+
+def _read_needed(reader: DiskReader, session: int, seq: int) -> None:
+    """Read all that the backup needs of one pack, from wherever it is.
+
+    Raises:
+        DamagedError: something can't be read.
+    """
+    for index, ref in enumerate(reader.manifest.segments):
+        if ref is None or (
+            (ref.session, ref.seq) != (session, seq)
+            and not any(pack == (session, seq) for pack in ref.packs)
+        ):
+            continue
+        for row in reader.segment(index):
+            if (row.session, row.seq) == (session, seq):
+                reader.read(row)

@@ -33,7 +33,7 @@ from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex, make_session_id
 from nbdpull.repo.store import KeyMissingError, Listed, Store
 
-__all__ = ["DamageRecords", "Pack", "kept_packs", "stale_records"]
+__all__ = ["DamageRecords", "HealedCopies", "Pack", "kept_packs", "stale_records"]
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +156,61 @@ def _records(store: Store, repository: str) -> Iterator[tuple[Listed, Record]]:
             continue  # collected between the listing and now
         except (FormatError, StoreError) as exc:
             _log.warning("%s is left out: %s", listed.key, exc)
+
+
+# -- for a copy to another store ---------------------------------------------------------------------
+
+
+class HealedCopies:
+    """The records of healing of one repository, as objects, read when they are first asked for."""
+
+    def __init__(self, store: Store, repository: str) -> None:
+        self._store = store
+        self._repository = repository
+        self._lock = threading.Lock()
+        self._found: list[tuple[str, Record]] | None = None
+        self._packs: set[Pack] = set()
+
+    def _records(self) -> list[tuple[str, Record]]:
+        with self._lock:
+            if self._found is None:
+                self._found = [
+                    (listed.key, record)
+                    for listed, record in _records(self._store, self._repository)
+                    if record.healed
+                ]
+                for _, record in self._found:
+                    self._packs |= {(row.damaged.session, row.damaged.seq) for row in record.healed}
+            return self._found
+
+    def has(self, pack: Pack) -> bool:
+        """Whether any frame of that pack was stored anew."""
+        self._records()
+        return pack in self._packs
+
+    def of(self, packs: Iterable[Pack]) -> tuple[Sequence[str], Mapping[Pack, bytes]]:
+        """What carries the damaged frames of `packs`: keys of records, and packs that hold the copies.
+
+        Copies of copies are among them. With each pack comes the digest of head and table of its index, as
+        the record has it.
+        """
+        records = self._records()
+        known = {pack for pack in packs if pack in self._packs}
+        copies: dict[Pack, bytes] = {}
+        keys: dict[str, None] = {}
+        more = bool(known)
+        while more:
+            more = False
+            for key, record in records:
+                for row in record.healed:
+                    if (row.damaged.session, row.damaged.seq) not in known:
+                        continue
+                    keys[key] = None
+                    pack = (row.copy.session, row.copy.seq)
+                    more = more or pack not in known
+                    known.add(pack)
+                    copies.setdefault(pack, row.index)
+        return list(keys), copies
 
 
 # -- for a collector ---------------------------------------------------------------------------------

@@ -195,14 +195,7 @@ class Repository:
         try:
             store, config = self._settings(location, write=True)
         except RepositoryNotFoundError:
-            store, keys = new_store(location)
-            able = probe(store, keys=keys).capabilities
-            config = Config.new(self.id, able, encrypted=self.config.encrypted)
-            # The mark first: no replica is ever there that looks like an original.
-            with suppress(KeyExistsError):
-                store.create(REPLICA, replica_mark())
-            with suppress(KeyExistsError):
-                store.create(CONFIG, config.encode())
+            self._make_replica(location)
             store, config = self._settings(location, write=True)
         if config.id != self.id:
             raise RepositoryError(
@@ -212,10 +205,29 @@ class Repository:
         return Copier(
             self._store,
             store,
-            reader=lambda below, manifest: DiskReader(below, manifest, self._vault),
+            repository=self.id,
+            reader=lambda below, manifest: DiskReader(
+                below, manifest, self._vault, DamageRecords(below, self.id)
+            ),
             frames=self._vault is None or self._vault.ring.opens_data,
             check=check,
         )
+
+    def _make_replica(self, location: str) -> None:
+        try:
+            store, keys = new_store(location)
+        except UsageError:
+            with suppress(RepositoryNotFoundError):
+                self._settings(location, write=True)
+                return  # another copy was faster
+            raise
+        able = probe(store, keys=keys).capabilities
+        config = Config.new(self.id, able, encrypted=self.config.encrypted)
+        # The mark first: no replica is ever there that looks like an original.
+        with suppress(KeyExistsError):
+            store.create(REPLICA, replica_mark())
+        with suppress(KeyExistsError):
+            store.create(CONFIG, config.encode())
 
     def check_original(self) -> None:
         """See that backups may be added.

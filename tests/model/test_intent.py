@@ -21,6 +21,7 @@ PINS = st.builds("{}/{}".format, HEX, HEX)
         role=st.sampled_from(["backup", "repack", "undo"]),
         disk=HEX,
         pins=st.lists(PINS, max_size=4).map(tuple),
+        brings=st.lists(HEX, max_size=4).map(tuple),
         host=st.text(max_size=20),
         time=st.floats(allow_nan=False, allow_infinity=False),
         keys=st.none() | st.binary(max_size=200),
@@ -49,6 +50,9 @@ GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
         {"pins": ["ab" * 16]},
         {"pins": ["../../etc/passwd"]},
         {"pins": [3]},
+        {"brings": "ab" * 16},
+        {"brings": ["ab" * 15]},
+        {"brings": [3]},
         {"keys": "xyz"},
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,56 +16,18 @@ from nbdpull.errors import (
     StoreError,
     UsageError,
 )
-from nbdpull.model.grain import GRAIN
 from nbdpull.model.intent import Intent
-from nbdpull.model.keysource import KeySource
+from nbdpull.model.manifest import REVOKED
+from nbdpull.repo import collect
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
-from tests.ops.builder import Disk, add_backup
-from tests.repo.helpers import CHEAP
+from nbdpull.repo.store import AccessDeniedError
+from tests.ops.builder import add_backup
+from tests.ops.copying import World
 
-KEYS = KeySource(password="correct horse")
 
-
-class World:
-    """A repository with three backups of two disks, and where its replica is to be."""
-
-    def __init__(self, folder: Path, *, password: bytes | None = None) -> None:
-        self.source, self.target = folder / "one", folder / "two"
-        self.keys = None if password is None else KEYS
-        repository = Repository.create(str(self.source), password=password, kdf=CHEAP)
-        rng = random.Random(4)
-        size = 40 * GRAIN + 512
-        disks = {
-            name: Disk(size, {number: rng.randbytes(GRAIN) for number in range(0, 24, seed)})
-            for seed, name in enumerate(("vda", "vdb"), 1)
-        }
-        self.states = [disks]
-        manifests = add_backup(repository, disks, time=1.0)
-        for step in (2, 3):
-            before, disks = disks, {name: disk.changed(step) for name, disk in disks.items()}
-            manifests = add_backup(
-                repository, disks, before=before, parents=manifests, time=float(step)
-            )
-            self.states.append(disks)
-        self.ids = [backup.id for backup in repository.backups()]
-
-    def copy(self, *backups: str) -> nbdpull.CopyResult:
-        return nbdpull.copy(self.source, self.target, backups, keys=self.keys)
-
-    def check(self, backup: str, folder: Path) -> None:
-        """The replica alone gives back the disks of a backup."""
-        nbdpull.restore(self.target, backup, folder, keys=self.keys)
-        for name, disk in self.states[[str(one) for one in self.ids].index(backup)].items():
-            assert (folder / f"{name}.raw").read_bytes() == disk.content()
-
-    def objects(self, which: Path) -> dict[str, bytes]:
-        store = LocalStore(which)
-        return {
-            entry.key: store.path(entry.key).read_bytes()
-            for entry in store.list("")
-            if entry.key[0] in "dxm"
-        }
+def local(location: str) -> LocalStore:
+    return LocalStore(Path(location))
 
 
 @pytest.fixture
@@ -79,8 +42,8 @@ def test_everything_is_copied_as_it_is_and_restores_from_the_replica_alone(
     assert list(result.copied) == world.ids
     assert world.objects(world.target) == world.objects(world.source)
     assert result.objects == len(world.objects(world.source))
-    assert not list(LocalStore(world.target).list("s"))
-    world.source.rename(tmp_path / "gone")
+    assert not list(local(world.target).list("s"))
+    Path(world.source).rename(tmp_path / "gone")
     for backup in world.ids:
         world.check(backup, tmp_path / backup)
     assert nbdpull.verify(world.target).ok
@@ -120,7 +83,7 @@ def test_a_copy_that_was_interrupted_goes_on_where_it_ended(
 
     def failing(self: LocalStore, key: str, data: bytes) -> None:
         nonlocal count
-        if self.root == world.target and key[0] in "dxm":
+        if str(self.root) == world.target and key[0] in "dxm":
             count += 1
             if count > fails_at:
                 raise StoreError("no room")
@@ -145,20 +108,20 @@ def test_a_copy_that_was_interrupted_goes_on_where_it_ended(
 @pytest.mark.parametrize("prefix", ["d", "x", "m"])
 @pytest.mark.parametrize("where", [10, 200, -70, -1])
 def test_a_changed_object_is_not_copied(world: World, prefix: str, where: int) -> None:
-    store = LocalStore(world.source)
+    store = local(world.source)
     for entry in list(store.list(prefix)):
         raw = bytearray(store.path(entry.key).read_bytes())
         raw[where] ^= 4
         store.path(entry.key).write_bytes(raw)
     with pytest.raises((DamagedError, nbdpull.BackupNotFoundError)):
         world.copy(*world.ids)
-    there = world.objects(world.target) if world.target.exists() else {}
+    there = world.objects(world.target) if Path(world.target).exists() else {}
     assert not [key for key in there if key[0] in {prefix, "m"}]
 
 
 @pytest.mark.parametrize("prefix", ["d", "x"])
 def test_a_lost_object_is_told_and_its_backup_not_listed(world: World, prefix: str) -> None:
-    store = LocalStore(world.source)
+    store = local(world.source)
     for entry in list(store.list(prefix)):
         store.delete(entry.key)
     with pytest.raises(DamagedError):
@@ -172,7 +135,7 @@ def cut(store: LocalStore, key: str) -> None:
 
 def test_a_pack_that_the_replica_lost_comes_again(world: World, tmp_path: Path) -> None:
     world.copy()
-    store = LocalStore(world.target)
+    store = local(world.target)
     key = next(iter(store.list("d"))).key
     store.delete(key)
     assert world.copy().objects == 1
@@ -181,7 +144,7 @@ def test_a_pack_that_the_replica_lost_comes_again(world: World, tmp_path: Path) 
 
 def test_a_pack_of_another_size_in_the_replica_is_an_error_and_stays(world: World) -> None:
     world.copy()
-    store = LocalStore(world.target)
+    store = local(world.target)
     key = next(iter(store.list("d"))).key
     cut(store, key)
     with pytest.raises(StoreError, match="delete it there"):
@@ -195,8 +158,8 @@ def test_another_repository_is_refused(world: World) -> None:
 
 
 def test_a_folder_with_something_else_in_it_is_refused(world: World) -> None:
-    world.target.mkdir()
-    (world.target / "file").write_text("")
+    Path(world.target).mkdir()
+    Path(world.target, "file").write_text("")
     with pytest.raises(UsageError, match="not empty"):
         world.copy()
 
@@ -212,16 +175,16 @@ def test_what_was_forgotten_in_the_replica_does_not_come_back(world: World) -> N
 
 def test_a_replica_takes_no_backups_until_it_is_made_an_original(world: World) -> None:
     world.copy()
-    replica = Repository.open(str(world.target), write=True)
+    replica = Repository.open(world.target, write=True)
     with pytest.raises(UsageError, match="is a replica"):
         replica.check_original()
-    LocalStore(world.target).delete("replica.json")
+    local(world.target).delete("replica.json")
     replica.check_original()
 
 
 def test_nothing_is_copied_beside_a_collection_that_began_before(world: World) -> None:
     world.copy(world.ids[0])
-    LocalStore(world.target).create(f"s/{'ab' * 16}", Intent(role="gc", disk="").encode())
+    local(world.target).create(f"s/{'ab' * 16}", Intent(role="gc", disk="").encode())
     with pytest.raises(InUseError, match="garbage collection"):
         world.copy()
 
@@ -233,7 +196,7 @@ def test_a_collection_that_begins_meanwhile_spares_what_has_no_manifest_yet(
     collected: list[int] = []
 
     def collecting(self: LocalStore, key: str, data: bytes) -> None:
-        if self.root == world.target and key.startswith("m/"):
+        if str(self.root) == world.target and key.startswith("m/"):
             done = nbdpull.gc(world.target, undo_window_s=0)
             collected.append(done.packs + done.indexes)
         create(self, key, data)
@@ -245,9 +208,93 @@ def test_a_collection_that_begins_meanwhile_spares_what_has_no_manifest_yet(
 
 
 def test_an_incomplete_backup_is_not_copied(world: World) -> None:
-    repository = Repository.open(str(world.source), write=True)
+    repository = Repository.open(world.source, write=True)
     add_backup(repository, world.states[0], commit=frozenset({"vda"}), time=9.0)
     assert list(world.copy().copied) == world.ids
     partial = next(one.id for one in repository.backups() if not one.complete)
     with pytest.raises(RepositoryError, match="incomplete"):
         world.copy(partial)
+
+
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, world: World, work: Callable[[], object], *, before: str
+) -> None:
+    """Do `work` once, just before the first object below `before` is made in the replica."""
+    create = LocalStore.create
+    done = False
+
+    def creating(self: LocalStore, key: str, data: bytes) -> None:
+        nonlocal done
+        if not done and str(self.root) == world.target and key.startswith(before):
+            done = True
+            work()
+        create(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "create", creating)
+
+
+@pytest.mark.parametrize("before", ["nbdpull.json", "s/", "d/", "x/", "m/"])
+@pytest.mark.parametrize("other", [slice(None), slice(1), slice(1, 3)], ids=["same", "one", "two"])
+def test_another_copy_of_the_same_meanwhile_hinders_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str, other: slice
+) -> None:
+    """And what a collection sees after the other one has ended is still spared for this one."""
+
+    def work() -> None:
+        world.copy(*world.ids[other])
+        nbdpull.gc(world.target, undo_window_s=0)
+
+    meanwhile(monkeypatch, world, work, before=before)
+    result = world.copy()
+    assert sorted([*result.copied, *result.present]) == sorted(world.ids)
+    assert world.objects(world.target) == world.objects(world.source)
+    assert not list(local(world.target).list("s"))
+    world.check(world.ids[2], tmp_path / "r")
+
+
+def test_copies_at_once_of_all_backups_all_succeed(world: World, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        started = [
+            threads.submit(world.copy, *chosen)
+            for chosen in (world.ids, world.ids[1:], world.ids[:2], world.ids[::-1])
+        ]
+        results = [one.result() for one in started]
+    assert {one for result in results for one in result.copied} == set(world.ids)
+    assert world.objects(world.target) == world.objects(world.source)
+    assert not list(local(world.target).list("s"))
+    world.check(world.ids[2], tmp_path / "r")
+
+
+def test_a_copy_that_was_taken_for_dead_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revoke() -> None:
+        monkeypatch.setattr(collect, "IDLE_S", -1.0)
+        nbdpull.gc(world.target, undo_window_s=0)
+        monkeypatch.undo()
+
+    meanwhile(monkeypatch, world, revoke, before="m/")
+    with pytest.raises(StoreError, match="took it for dead"):
+        world.copy()
+    result = world.copy()
+    assert len(result.copied) + len(result.present) == 3
+    assert nbdpull.verify(world.target).ok
+
+
+def test_what_a_revoked_copy_left_is_not_believed_while_a_collection_may_run(world: World) -> None:
+    world.copy()
+    store = local(world.target)
+    store.create(f"m/{'0' * 32}/{'ab' * 16}", REVOKED)
+    assert list(world.copy().present) == world.ids
+    store.create(f"s/{'cd' * 16}", Intent(role="gc", disk="").encode())
+    with pytest.raises(InUseError, match="garbage collection"):
+        world.copy()
+
+
+def test_a_copy_takes_no_rights_to_delete(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LocalStore, key: str) -> None:
+        raise AccessDeniedError(f"{key} stays")
+
+    world.copy(world.ids[0])
+    monkeypatch.setattr(LocalStore, "delete", refuse)
+    assert list(world.copy().copied) == world.ids[1:]
