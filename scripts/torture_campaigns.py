@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+from tests.protocol.faults import Faults, Played
 from tests.protocol.kills import OPERATIONS, KillPoints
 from tests.protocol.model import Config, Mutant, search
 from tests.protocol.powercut import PowerCut
 from tests.protocol.scenario import play
 from tests.protocol.soak import S3, Soak
 from tests.protocol.world import memory_repositories
+from tests.support.proxy import proxy
 from tests.support.stores import seaweedfs
 from tests.support.tools import QEMU_10, QEMU_72
 from tests.support.torture import Torture
@@ -112,6 +114,32 @@ def _soak(arguments: argparse.Namespace) -> str:
     )
 
 
+def _faults(arguments: argparse.Namespace) -> str:
+    done = Played()
+    played = 0
+    end = time.monotonic() + arguments.seconds
+    with seaweedfs() as server, proxy(server.endpoint) as front:
+        server.bucket()
+        campaign = Faults(server, front)
+        for seed in range(arguments.seed, arguments.seed + arguments.size):
+            if time.monotonic() > end:
+                break
+            try:
+                done += campaign.play(seed)
+            except AssertionError as exc:
+                raise AssertionError(f"seed {seed}: {exc}") from exc
+            played += 1
+            front.exchanges.clear()
+    return (
+        f"{played} schedules, verbs that returned ({_counted(done.done)}), that failed loudly"
+        f" ({_counted(done.failed)}), faults ({_counted(done.faults)}), {done.restored} backups restored"
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+
+
 def _power_cuts(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         campaign = PowerCut(Path(folder), arguments.seed)
@@ -124,8 +152,7 @@ def _machine(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         torture = Torture(Path(folder), tools, arguments.seed)
         rounds = torture.run(arguments.size, seconds=arguments.seconds)
-    done = ", ".join(f"{count} {what}" for what, count in sorted(torture.done.items()))
-    return f"QEMU {arguments.qemu}, {rounds} rounds: {done}"
+    return f"QEMU {arguments.qemu}, {rounds} rounds: {_counted(torture.done)}"
 
 
 _CAMPAIGNS: Mapping[str, Callable[[argparse.Namespace], str]] = {
@@ -133,6 +160,7 @@ _CAMPAIGNS: Mapping[str, Callable[[argparse.Namespace], str]] = {
     "schedules": _schedules,
     "kill-points": _kill_points,
     "soak": _soak,
+    "faults": _faults,
     "power-cuts": _power_cuts,
     "machine": _machine,
 }
@@ -146,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         ("schedules", "the real code in random interleavings, on a store in memory", 1000),
         ("kill-points", "a process dies at each call of the store", None),
         ("soak", "processes that are killed at random; the size is in kills", 200),
+        ("faults", "histories through a proxy that fails, on SeaweedFS", 100),
         ("power-cuts", "what a power cut can leave of a local repository", 500),
         ("machine", "a real Linux guest and all that can happen to it; the size is in rounds", 200),
     ):

@@ -77,6 +77,7 @@ class KillPoints:
         store = LocalStore(self._base)
         rng = random.Random(seed)
         self._world = World()
+        self._possible: dict[str, dict[str, bytes]] = {}
         levels = (Level.FULL, Level.FULL, Level.INCREMENTAL, Level.INCREMENTAL)
         names = [self._world.back_up(store, rng, level=level, disks=2) for level in levels]
         self._kill(self._world, store, Point("incremental", 30, after=True))
@@ -94,7 +95,7 @@ class KillPoints:
 
         world = deepcopy_world(self._world)
         self._run(operation, world, LocalStore(root), gate)
-        self._world.possible |= world.committed
+        self._possible[operation] = world.possible
         return next(calls)
 
     def points(self, operation: str) -> Iterator[Point]:
@@ -104,13 +105,21 @@ class KillPoints:
                 yield Point(operation, call, after)
 
     def play(self, point: Point) -> None:
-        """Kill there, look at what is left, and go on until two days later nothing may be left over.
+        """Kill at one of `points`, look at what is left, and go on until nothing may be left over.
 
         Raises:
             AssertionError: something acknowledged is lost, something half is shown, or the next runs fail.
         """
+        try:
+            self._play(point)
+        except AssertionError as exc:
+            exc.add_note(str(point))
+            raise
+
+    def _play(self, point: Point) -> None:
         store = LocalStore(self._copy())
         world = deepcopy_world(self._world)
+        world.possible = dict(self._possible[point.operation])
         if point.operation == "forget":
             world.forgotten.add(min(world.committed))
         assert self._kill(world, store, point), f"{point} is no point"

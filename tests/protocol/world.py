@@ -18,11 +18,12 @@ from nbdpull.model.config import Config
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest
-from nbdpull.model.results import Level
+from nbdpull.model.results import Level, VerifyResult
 from nbdpull.ops.copy import CopyOptions, _copy
 from nbdpull.ops.forget import ForgetOptions, _forget
 from nbdpull.ops.repack import RepackOptions, _Repack
 from nbdpull.ops.undo import UndoOptions, _undo
+from nbdpull.ops.verify import VerifyOptions, _Verify
 from nbdpull.repo import repository as repository_module
 from nbdpull.repo.location import new_store, open_store
 from nbdpull.repo.repository import Backup, ParentGoneError, Repository
@@ -52,7 +53,7 @@ class World:
 
     Attributes:
         committed: what each acknowledged backup holds.
-        possible: what a backup holds that may be there without having been acknowledged.
+        possible: what a backup holds that was about to be committed, acknowledged or not.
         forgotten: backups that somebody at least began to forget.
     """
 
@@ -107,7 +108,7 @@ class World:
         parents: list[Manifest | None] = [None] * disks
         if parent is not None:
             parents = [repository.manifest(summary) for summary in parent.disks]
-            known = self.committed.get(parent.id)
+            known = self.committed.get(parent.id) or self.possible.get(parent.id)
             before = known or restore(repository.reader(repository.manifest(parent.disks[0])))
         content, changes = _content(before, rng.getrandbits(32), rng)
         if parent is None:
@@ -123,6 +124,8 @@ class World:
                 reader = repository.reader(one) if one is not None else None
                 store_changes(session, reader, SIZE, changes)
                 session.seal()
+            with self.lock:
+                self.possible[name] = content
             for number, session in enumerate(sessions):
                 session.commit(
                     summary_for(
@@ -172,6 +175,11 @@ class World:
         with _opened(self.repository(store)):
             _Repack(RepackOptions(repository="memory", ratio=1.0), None, threading.Event()).run()
 
+    def verify(self, store: Store) -> VerifyResult:
+        """Verify everything."""
+        with _opened(self.repository(store)):
+            return _Verify(VerifyOptions(repository="memory"), None, threading.Event()).run()
+
     def copy(self, store: Store, replica: Store) -> None:
         """Copy all backups; the replica is made where nothing is."""
         _current.replica = replica
@@ -207,14 +215,20 @@ class World:
             if not backup.complete:
                 assert name not in wanted
                 continue
-            for summary in backup.disks:
-                reader = repository.reader(repository.manifest(summary))
-                assert reader.missing_packs() == []
-                got = restore(reader)
-                expected = self.committed.get(name) or self.possible.get(name, got)
-                assert got == expected, f"{name} restores to other bytes"
+            assert self.restore(repository, backup)
             restored += 1
         return restored
+
+    def restore(self, repository: Repository, backup: Backup) -> bool:
+        """Restore all disks of a backup and compare; False when packs of it are said to be missing."""
+        for summary in backup.disks:
+            reader = repository.reader(repository.manifest(summary))
+            if reader.missing_packs():
+                return False
+            got = restore(reader)
+            expected = self.committed.get(backup.id) or self.possible.get(backup.id, got)
+            assert got == expected, f"{backup.id} restores to other bytes"
+        return True
 
 
 _current = threading.local()

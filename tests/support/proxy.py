@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-__all__ = ["Exchange", "Fault", "Proxy", "Request", "proxy"]
+__all__ = ["Exchange", "Fault", "Past", "Proxy", "Request", "proxy"]
 
 _HEAD_MAX = 64 << 10
 
@@ -39,6 +40,8 @@ class Fault(StrEnum):
     """Carried out; the answer's body ends in its middle."""
     FLIP = "flip"
     """Carried out; one bit of the answer's body is another."""
+    STALE = "stale"
+    """A listing is answered with `Proxy.past`, as by a replica that lags behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ class Request:
     path: str
     query: str
     body: bytes = field(repr=False)
+
+    @property
+    def lists(self) -> bool:
+        """Whether it asks for a listing."""
+        return self.method == "GET" and "list-type=2" in self.query
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,39 @@ class Exchange:
     fault: Fault | None
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a bucket held at an earlier time: each key with its element of a listing, in order.
+
+    There must be less than a page of them.
+    """
+
+    entries: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, listing: bytes) -> Past:
+        """From the body of a listing."""
+        found = re.findall(rb"<Contents>.*?</Contents>", listing, re.DOTALL)
+        keys = [re.search(rb"<Key>(.*?)</Key>", one) for one in found]
+        return cls({key[1].decode(): one for key, one in zip(keys, found, strict=True) if key})
+
+    def answer(self, query: str) -> tuple[bytes, bytes]:
+        """The answer to a request for a listing."""
+        prefix = dict(parse_qsl(query)).get("prefix", "")
+        there = [one for key, one in self.entries.items() if key.startswith(prefix)]
+        body = b"".join(
+            [
+                b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">',
+                b"<Prefix>%b</Prefix><KeyCount>%d</KeyCount>" % (prefix.encode(), len(there)),
+                b"<MaxKeys>1000</MaxKeys><IsTruncated>false</IsTruncated>",
+                *there,
+                b"</ListBucketResult>",
+            ]
+        )
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}"
+        return f"{head}\r\n\r\n".encode(), body
+
+
 @dataclass(slots=True)
 class Proxy:
     """A running proxy. `plan` says what is to go wrong; None is nothing."""
@@ -76,6 +117,7 @@ class Proxy:
     endpoint: str
     upstream: tuple[str, int]
     plan: Callable[[Request], Fault | None] = lambda _request: None
+    past: Past = field(default_factory=lambda: Past({}))
     exchanges: list[Exchange] = field(default_factory=list)
 
     def calls(self) -> Counter[str]:
@@ -100,7 +142,10 @@ class Proxy:
         parts = urlsplit(target.decode())
         request = Request(method.decode(), parts.path, parts.query, body)
         fault = self.plan(request)
-        answer_head, answer = await _carried_out(up, request, head, fault)
+        if fault is Fault.STALE and request.lists:
+            answer_head, answer = self.past.answer(request.query)
+        else:
+            answer_head, answer = await _carried_out(up, request, head, fault)
         self._note(request, answer_head, answer, fault)
         if fault is Fault.HANG:
             await reader.read(1)  # until the client gives up
@@ -112,10 +157,9 @@ class Proxy:
         return fault is not Fault.TRUNCATE and b"connection: close" not in answer_head.lower()
 
     def _note(self, request: Request, head: bytes, answer: bytes, fault: Fault | None) -> None:
-        listing = request.method == "GET" and "list-type=2" in request.query
         self.exchanges.append(
             Exchange(
-                "LIST" if listing else request.method,
+                "LIST" if request.lists else request.method,
                 request.path.lstrip("/").partition("/")[2],
                 int(head.split(b" ", 2)[1]) if head else 0,
                 len(request.body),

@@ -79,3 +79,11 @@ class S3:
         if answer.status != 200:
             raise AssertionError(f"bucket {name} was not made: {answer}")
         return name
+
+    def listing(self, bucket: str, prefix: str) -> bytes:
+        """The body of a listing of one page."""
+        query = f"list-type=2&prefix={quote(prefix, safe='')}"
+        answer = self.request("GET", f"/{bucket}", query)
+        if answer.status != 200:
+            raise AssertionError(f"bucket {bucket} was not listed: {answer}")
+        return answer.body
