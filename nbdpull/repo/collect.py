@@ -195,6 +195,7 @@ class Collector:
         self._ended: set[str] = set()  # tombstones that a dry run would make
         self._hopeless: list[Listed] = []
         self._alive: dict[str, list[Listed]] = {}
+        self._own: str | None = None
         self._now = 0.0
         self.collected = Collected()
 
@@ -205,9 +206,9 @@ class Collector:
             DamagedError: a manifest or an intent can't be read, so what it needs can't be told; nothing
                 was deleted.
             WrongKeyError: the same, because a manifest is sealed to another key.
-            RepositoryError: other collectors were ahead again and again.
+            RepositoryError: other collectors were ahead again and again, or the store's listings lag.
         """
-        own = self._begin()
+        own = self._own = self._begin()
         try:
             view = self._look()
             self._delete_objects(view)
@@ -313,7 +314,13 @@ class Collector:
         self._alive = defaultdict(list)
         for listed in self._store.list("a"):
             self._alive[listed.key.split("/")[1]].append(listed)
-        for listed in list(self._store.list("s")):
+        intents = list(self._store.list("s"))
+        if self._own is not None and all(listed.key != self._own for listed in intents):
+            raise RepositoryError(
+                f"the store does not list {self._own}, which was made just now: its listings lag, and what"
+                " is needed can't be told by them; nothing was deleted; run it again later"
+            )
+        for listed in intents:
             sid = listed.key.partition("/")[2]
             if not is_hex(sid, 32):
                 continue

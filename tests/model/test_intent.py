@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdpull.model.frame import FormatError
-from nbdpull.model.intent import Intent, is_pin
+from nbdpull.model.intent import Intent, checked_intent, is_pin
 
 HEX = st.text("0123456789abcdef", min_size=32, max_size=32)
 PINS = st.builds("{}/{}".format, HEX, HEX)
@@ -57,20 +57,34 @@ GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
     ],
 )
 def test_what_no_session_writes_is_refused(change: dict[str, object]) -> None:
-    assert Intent.decode(json.dumps(GOOD).encode()).disk == "ab" * 16
-    with pytest.raises(FormatError):
-        Intent.decode(json.dumps(GOOD | change).encode())
+    assert Intent.decode(checked_intent(json.dumps(GOOD).encode())).disk == "ab" * 16
+    with pytest.raises(FormatError, match=r"it (is|has|brings)|its '(disk|keys)'"):
+        Intent.decode(checked_intent(json.dumps(GOOD | change).encode()))
+
+
+def test_not_one_bit_can_flip_unnoticed() -> None:
+    raw = Intent(role="backup", disk="ab" * 16, pins=(f"{'cd' * 16}/{'ef' * 16}",)).encode()
+    assert json.loads(raw)["check"]
+    for at in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[at // 8] ^= 1 << at % 8
+        with pytest.raises(FormatError):
+            Intent.decode(bytes(flipped))
+    for end in range(len(raw)):
+        with pytest.raises(FormatError):
+            Intent.decode(raw[:end])
 
 
 @given(st.binary(max_size=60) | st.recursive(st.none(), st.lists, max_leaves=9).map(lambda value: json.dumps(value).encode()))  # fmt: skip
 def test_any_bytes_are_an_intent_or_an_error(raw: bytes) -> None:
-    with pytest.raises(FormatError):
-        Intent.decode(raw)
+    for one in (raw, checked_intent(raw)):
+        with pytest.raises(FormatError):
+            Intent.decode(one)
 
 
 def test_deep_nesting_is_an_error() -> None:
     with pytest.raises(FormatError):
-        Intent.decode(b"[" * 100_000)
+        Intent.decode(checked_intent(b"[" * 100_000))
 
 
 @pytest.mark.parametrize(

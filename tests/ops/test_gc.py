@@ -14,6 +14,7 @@ from nbdpull.errors import DamagedError, RepositoryError
 from nbdpull.model.config import Config
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import SessionId
+from nbdpull.model.intent import Intent
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo import alive as alive_module
 from nbdpull.repo import collect as collect_module
@@ -270,7 +271,7 @@ def test_a_writer_that_began_before_the_tombstone_wins_and_one_after_is_refused(
 
 def test_intents_of_dead_collectors_go_after_a_day(repo: Retained) -> None:
     collect(repo)
-    repo.store.create("s/" + "ab" * 16, b'{"role": "gc", "disk": "", "pins": []}')
+    repo.store.create("s/" + "ab" * 16, Intent(role="gc", disk="").encode())
     assert collect(repo).others == 0
     repo.age("s", 1.1 * DAY)
     assert collect(repo).others == 1

@@ -252,5 +252,6 @@ def _is_expected(exc: Error) -> bool:
         "is missing",
         "is lost",
         "ahead",
+        "does not list s/",
     )
     return any(word in str(exc) for word in words)

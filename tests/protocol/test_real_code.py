@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import pytest
 
-from nbdpull.errors import Error
+from nbdpull.errors import Error, RepositoryError, StoreError
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo.repository import Repository
+from nbdpull.repo.store import Listed
 from tests.protocol.mutants import MUTANTS
 from tests.protocol.scenario import play
 from tests.protocol.stores import MemoryStore, WatchedStore
@@ -186,3 +187,26 @@ def test_without_the_rule_something_is_lost(
     SCENES[rule](scene)
     with pytest.raises(AssertionError):
         scene.check()
+
+
+class Lagging(WatchedStore):
+    """Another store, whose listings show what was there when this one was made."""
+
+    def __init__(self, inner: MemoryStore) -> None:
+        super().__init__(inner, lambda _name, _key: nullcontext())
+        self._seen = {kind: list(inner.list(kind)) for kind in "abdfmpstx"}
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        return (one for one in self._seen[prefix[0]] if f"{one.key}/".startswith(f"{prefix}/"))
+
+
+def test_a_listing_that_lags_is_told_by_writers_and_collectors() -> None:
+    world, store = World(), MemoryStore()
+    world.back_up(store, random.Random(1))
+    late = Lagging(store)
+    world.back_up(store, random.Random(2))
+    with pytest.raises(StoreError, match="the store lists 0 packs"):
+        world.back_up(late, random.Random(3))
+    with pytest.raises(RepositoryError, match="its listings lag"):
+        world.collect(late)
+    world.check(store)

@@ -37,7 +37,7 @@ from nbdpull.model.frame import (
 )
 from nbdpull.model.grain import GRAIN, SEGMENT_GRAINS
 from nbdpull.model.index import Directory, IndexTable, PackPlace, encode_index
-from nbdpull.model.intent import Intent
+from nbdpull.model.intent import Intent, checked_intent
 from nbdpull.model.keyring import Ring, Slot
 from nbdpull.model.manifest import HEAD_SIZE, Manifest, decode_summary, summary_end
 from nbdpull.model.segment import Interval, Segment
@@ -185,7 +185,9 @@ _SLOT = Slot.make(
 
 TARGETS: dict[str, Target] = {
     "config": Target([_CONFIG], Config.decode),
-    "intent": Target([_INTENT], Intent.decode),
+    "intent": Target(
+        [_INTENT], Intent.decode, lambda raw: checked_intent(raw.rpartition(b', "check"')[0] + b"}")
+    ),
     "key-slot": Target([_SLOT], lambda raw: Slot.decode(raw, "ab" * 16)),
     "key-ring": Target([_RING.encode()], Ring.decode),
     "pack-header": Target(
