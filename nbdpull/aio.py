@@ -650,22 +650,29 @@ async def copy(
     target: str | os.PathLike[str],
     backups: Sequence[str] = (),
     *,
+    rekey: bool = False,
     keys: KeySource | None = None,
+    target_keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
 ) -> CopyResult:
-    """Copy backups verbatim into a replica; what is there already is not copied again.
+    """Copy backups verbatim into a replica, or with other keys; what is there already is not copied again.
 
     Args:
         source: the repository.
         target: its replica, in any store; it is made where there is nothing.
         backups: ids, unique prefixes or ``latest``; none means all complete ones.
+        rekey: the target is another repository, made by `init`, encrypted or not; what is copied is
+            decrypted, and stored anew with its keys.
         keys: what opens an encrypted repository; None looks in the environment. A replica is opened
             with the same.
+        target_keys: what opens the target of `rekey`; None looks for NBDPULL_NEW_KEY_FILE,
+            NBDPULL_NEW_PASSWORD, _FILE or _COMMAND.
         progress: is told what happens, from other threads.
 
     Raises:
-        UsageError: the target holds something else than a repository.
-        RepositoryNotFoundError: there is no source.
+        UsageError: the target holds something else than a repository; with `rekey`, it is a replica or
+            the source itself.
+        RepositoryNotFoundError: there is no source, or, with `rekey`, no target.
         BackupNotFoundError: no backup fits one of `backups`, or more than one.
         RepositoryError: the target is another repository, or a backup is incomplete.
         WrongKeyError: the key does not open it.
@@ -677,7 +684,12 @@ async def copy(
     from nbdpull.ops import copy as op
 
     options = op.CopyOptions(
-        source=os.fspath(source), target=os.fspath(target), backups=names, keys=keys
+        source=os.fspath(source),
+        target=os.fspath(target),
+        backups=names,
+        rekey=rekey,
+        keys=keys,
+        target_keys=target_keys,
     )
     return await op.copy(options, progress=progress)
 

@@ -7,7 +7,7 @@ import click
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import verb
-from nbdpull.cli.password import keys_of_user
+from nbdpull.cli.password import keys_of_user, target_keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.model.results import CopyResult
 from nbdpull.units import format_duration, format_size
@@ -15,19 +15,35 @@ from nbdpull.units import format_duration, format_size
 __all__ = ["command"]
 
 
-@click.command("copy", short_help="Copy backups into a replica.")
+@click.command("copy", short_help="Copy backups into a replica, or to other keys.")
 @click.argument("source", metavar="REPO1")
 @click.argument("target", metavar="REPO2")
 @click.argument("backups", metavar="[BACKUP]...", nargs=-1)
+@click.option(
+    "--rekey", is_flag=True, help="Store all of it anew, with the keys of REPO2, made by 'init'."
+)
 @verb
-def command(console: Console, source: str, target: str, backups: tuple[str, ...]) -> int:
+def command(
+    console: Console, source: str, target: str, backups: tuple[str, ...], *, rekey: bool
+) -> int:
     """Copy the named backups of REPO1, or all, into REPO2, which becomes or is its replica.
 
     Objects are copied as they are, each one checked on its way. What is there is not copied again, so
     a copy that was interrupted goes on where it ended.
+
+    With --rekey, REPO2 is a repository of its own: other keys, or none, or the first ones. It is opened with
+    NBDPULL_NEW_PASSWORD_FILE and its like, or NBDPULL_NEW_KEY_FILE.
     """
     with show_progress(console) as progress:
-        result = api.copy(source, target, backups, keys=keys_of_user(), progress=progress)
+        result = api.copy(
+            source,
+            target,
+            backups,
+            rekey=rekey,
+            keys=keys_of_user(),
+            target_keys=target_keys_of_user(),
+            progress=progress,
+        )
     console.result(result, lambda: _text(result))
     return 0
 

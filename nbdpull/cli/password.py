@@ -13,7 +13,7 @@ import click
 
 from nbdpull.model.keysource import KeySource
 
-__all__ = ["interrupt", "keys_of_user", "new_keys_of_user"]
+__all__ = ["interrupt", "keys_of_user", "new_keys_of_user", "target_keys_of_user"]
 
 _TERMINAL = "/dev/tty"
 _LINE_MAX = 4096
@@ -30,6 +30,12 @@ def new_keys_of_user() -> KeySource:
     """The same for a password that is chosen now, which is asked for twice."""
     _interrupted.clear()
     return KeySource(ask=_ask_twice)
+
+
+def target_keys_of_user() -> KeySource:
+    """What the environment has for the repository that is copied to; else somebody is asked."""
+    _interrupted.clear()
+    return KeySource(variables="NBDPULL_NEW", ask=lambda: _ask("password of the copy: "))
 
 
 def interrupt() -> None:

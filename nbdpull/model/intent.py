@@ -44,7 +44,7 @@ class Intent:
     """What a session says before it begins.
 
     Attributes:
-        role: ``backup``, ``repack``, ``undo``, ``copy``, or ``gc``, which has no register and spares nothing.
+        role: ``backup``, ``repack``, ``undo``, ``rekey``, ``copy``, or ``gc``, which has no register and spares nothing.
         disk: id of the disk whose register `m/<disk>/<sid>` it will create; empty for ``gc``.
         pins: manifests (`is_pin`) whose packs the session may refer to.
         brings: other sessions, whose packs and indexes it copies here: they are spared like its own.

@@ -19,14 +19,19 @@ class KeySource:
         NBDPULL_PASSWORD_FILE      a file whose first line it is
         NBDPULL_PASSWORD_COMMAND   a command whose first line of output it is
 
+    Where a verb has two repositories, `variables` of the second one is ``NBDPULL_NEW``: NBDPULL_NEW_PASSWORD
+    and so on.
+
     Attributes:
         password: or a function that is called when one is needed, once, in a thread of its own.
         key_file: path of an exported key.
         environment: whether to look at the variables above.
+        variables: what the variables' names begin with.
         ask: called when nothing else gives a password; returns None when nobody can be asked.
     """
 
     password: str | Callable[[], str] | None = field(default=None, repr=False)
     key_file: str | None = None
     environment: bool = True
+    variables: str = "NBDPULL"
     ask: Callable[[], str | None] | None = field(default=None, repr=False)

@@ -1,19 +1,26 @@
-"""copy: backups into a replica of their repository, in any other store."""
+"""copy: backups into a replica of their repository, in any other store; or into one with other keys."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 
 from nbdpull.errors import RepositoryError
+from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.results import CopyResult, Progress, ProgressCallback, ProgressKind
 from nbdpull.nbdio.connection import Cancelled
+from nbdpull.ops.rekey import rekeying
 from nbdpull.ops.threads import in_thread
-from nbdpull.repo.repository import Repository
+from nbdpull.repo.repository import Backup, Repository
 
-__all__ = ["CopyOptions", "copy"]
+__all__ = ["NEW", "CopyOptions", "copy"]
+
+NEW = "NBDPULL_NEW"
+"""What the variables with the target's keys begin with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,29 +29,58 @@ class CopyOptions:
 
     Attributes:
         source: where the backups are.
-        target: the replica; it is made where there is nothing.
+        target: the replica, which is made where there is nothing; with `rekey` another repository.
         backups: ids, unique prefixes or ``latest``; empty for all complete ones.
+        rekey: store what is copied anew, with the target's keys.
         keys: what opens an encrypted repository; None looks in the environment.
+        target_keys: what opens the target, with `rekey`; None looks for NBDPULL_NEW_PASSWORD and so on.
     """
 
     source: str
     target: str
     backups: tuple[str, ...] = ()
+    rekey: bool = False
     keys: KeySource | None = None
+    target_keys: KeySource | None = None
 
 
 async def copy(options: CopyOptions, *, progress: ProgressCallback | None = None) -> CopyResult:
-    """Copy backups verbatim; what is there already is not copied again.
+    """Copy backups, verbatim or with other keys; what is there already is not copied again.
 
     Raises:
-        UsageError: the target holds something else.
-        RepositoryNotFoundError: there is no source.
+        UsageError: the target holds something else, or can't be rekeyed into.
+        RepositoryNotFoundError: there is no source, or, with `rekey`, no target.
         BackupNotFoundError: no such backup.
         RepositoryError: the target is another repository, or a backup is incomplete.
         DamagedError: an object is not what was written; nothing wrong was copied.
         InUseError: a collection runs on the target.
     """
     return await in_thread(lambda cancel: _copy(options, progress, cancel))
+
+
+@dataclass(slots=True)
+class _Told:
+    """What became of each backup."""
+
+    progress: ProgressCallback | None
+    copied: list[BackupId] = field(default_factory=list)
+    present: list[BackupId] = field(default_factory=list)
+    forgotten: list[BackupId] = field(default_factory=list)
+
+    def add(self, backup: BackupId, *, copied: bool) -> None:
+        if copied:
+            self.copied.append(backup)
+            self._say(f"backup {backup}: copied")
+        else:
+            self.present.append(backup)
+
+    def leave_out(self, backup: BackupId) -> None:
+        self.forgotten.append(backup)
+        self._say(f"backup {backup}: left out, it was forgotten in the target")
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(Progress(kind=ProgressKind.MESSAGE, verb="copy", text=text))
 
 
 def _copy(
@@ -54,42 +90,66 @@ def _copy(
         if cancel.is_set():
             raise Cancelled
 
-    def say(text: str) -> None:
-        if progress is not None:
-            progress(Progress(kind=ProgressKind.MESSAGE, verb="copy", text=text))
-
     began = time.monotonic()
     source = Repository.open(options.source, keys=options.keys)
-    if options.backups:
-        found = {one.id: one for one in (source.find(name) for name in options.backups)}
-        backups = sorted(found.values(), key=lambda one: (one.time, one.id))
-    else:
-        backups = [one for one in source.backups() if one.complete]
-    copier = source.copier(options.target, check=check)
-    copied, present, forgotten = [], [], []
-    copier.begin()
-    for backup in backups:
+    told = _Told(progress)
+    copying = _rekey if options.rekey else _verbatim
+    objects, written_bytes = copying(options, source, told, check)
+    return CopyResult(
+        source=source.location,
+        target=options.target,
+        copied=tuple(told.copied),
+        present=tuple(told.present),
+        forgotten=tuple(told.forgotten),
+        objects=objects,
+        written_bytes=written_bytes,
+        duration_s=time.monotonic() - began,
+    )
+
+
+def _chosen(options: CopyOptions, source: Repository) -> Iterator[Backup]:
+    """The backups to copy, oldest first."""
+    if not options.backups:
+        yield from (one for one in source.backups() if one.complete)
+        return
+    found = {one.id: one for one in (source.find(name) for name in options.backups)}
+    for backup in sorted(found.values(), key=lambda one: (one.time, one.id)):
         if not backup.complete:
             raise RepositoryError(
                 f"backup {backup.id} is incomplete, {len(backup.missing)} of its disks were never"
                 " committed; only whole backups are copied"
             )
+        yield backup
+
+
+def _verbatim(
+    options: CopyOptions, source: Repository, told: _Told, check: Callable[[], None]
+) -> tuple[int, int]:
+    backups = _chosen(options, source)
+    first = next(backups, None)  # a name that nothing fits makes no replica
+    copier = source.copier(options.target, check=check)
+    copier.begin()
+    for backup in () if first is None else chain([first], backups):
         manifests = [source.manifest(summary) for summary in backup.disks]
         if copier.forgotten(manifests):
-            forgotten.append(backup.id)
-            say(f"backup {backup.id}: left out, it was forgotten in the replica")
-        elif copier.copy(manifests):
-            copied.append(backup.id)
-            say(f"backup {backup.id}: copied")
+            told.leave_out(backup.id)
         else:
-            present.append(backup.id)
-    return CopyResult(
-        source=source.location,
-        target=options.target,
-        copied=tuple(copied),
-        present=tuple(present),
-        forgotten=tuple(forgotten),
-        objects=copier.counts.objects,
-        written_bytes=copier.counts.written_bytes,
-        duration_s=time.monotonic() - began,
-    )
+            told.add(backup.id, copied=copier.copy(manifests))
+    return copier.counts.objects, copier.counts.written_bytes
+
+
+def _rekey(
+    options: CopyOptions, source: Repository, told: _Told, check: Callable[[], None]
+) -> tuple[int, int]:
+    keys = options.target_keys or KeySource(variables=NEW)
+    target = Repository.open(options.target, write=True, keys=keys)
+    with rekeying(source, target, progress=told.progress, check=check) as run:
+        for backup in _chosen(options, source):
+            found = run.find(backup.id)
+            if found is not None and found.forgotten is not None:
+                told.leave_out(backup.id)
+                continue
+            if found is None:
+                run.copy(backup)
+            told.add(backup.id, copied=found is None)
+        return run.objects, run.written_bytes

@@ -31,7 +31,7 @@ def wants_key(source: KeySource) -> bool:
     """Whether the caller, or the environment, gave a key, and so expects encryption."""
     if source.password is not None or source.key_file is not None:
         return True
-    names = (KEY_FILE, *_variables(PASSWORD))
+    names = (f"{source.variables}_KEY_FILE", *_variables(f"{source.variables}_PASSWORD"))
     return source.environment and any(os.environ.get(name) for name in names)
 
 
@@ -43,7 +43,7 @@ def ring_of(source: KeySource) -> Ring | None:
     """
     path = source.key_file
     if path is None and source.password is None and source.environment:
-        path = os.environ.get(KEY_FILE) or None
+        path = os.environ.get(f"{source.variables}_KEY_FILE") or None
     if path is None:
         return None
     try:
@@ -59,12 +59,12 @@ def ring_of(source: KeySource) -> Ring | None:
         raise WrongKeyError(f"the key file {path} can't be used: {exc}") from exc
 
 
-def password_of(source: KeySource, name: str = PASSWORD) -> bytes | None:
+def password_of(source: KeySource, name: str | None = None) -> bytes | None:
     """The password that was given, asked for, or set in the environment; None when there is none.
 
     Args:
         source: where to look.
-        name: of the environment's variable, without ``_FILE`` and ``_COMMAND``.
+        name: of the environment's variable, without ``_FILE`` and ``_COMMAND``; None is the source's own.
 
     Raises:
         WrongKeyError: it can't be had, or is empty.
@@ -73,7 +73,7 @@ def password_of(source: KeySource, name: str = PASSWORD) -> bytes | None:
     given = source.password
     text = given if given is None or isinstance(given, str) else given()
     if text is None and source.environment:
-        text = _from_environment(name)
+        text = _from_environment(name or f"{source.variables}_PASSWORD")
     if text is None and source.ask is not None:
         text = source.ask()
     if text is None:

@@ -178,7 +178,7 @@ class Repository:
             # Settings are not authenticated: a store that says "not encrypted" would be given plain data.
             raise WrongKeyError(
                 f"a key is given, and repository {location} is not encrypted; if it is not meant to be,"
-                " unset NBDPULL_PASSWORD, _FILE, _COMMAND and NBDPULL_KEY_FILE"
+                f" unset {keys.variables}_PASSWORD, _FILE, _COMMAND and {keys.variables}_KEY_FILE"
             )
         if write:
             tidy(store)
@@ -496,13 +496,13 @@ class Repository:
         keys = None if vault is None else vault.new_session(sid)
         own = disk_id(vm, disk, None if vault is None else vault.ring.digest_key)
         # Repacking stores again what is here already: that is its purpose.
-        shares = self.reuses and role == "backup"
+        shares = self.reuses and role in {"backup", "rekey"}
         plan = ReusePlan(
             self._store,
             self._read,
             self.reader,
             needed=[*([pin_of(parent)] if parent is not None else []), *pins],
-            like=(like or parent) if shares else None,
+            like=(like or parent) if shares and role == "backup" else None,
             base=base if shares else None,
             cache=cache if shares else None,
         )

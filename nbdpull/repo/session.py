@@ -435,6 +435,12 @@ class Session:
                 " backups can't be trusted to it"
             )
 
+    @property
+    def objects(self) -> int:
+        """Packs and indexes that are durable."""
+        with self._lock:
+            return len(self._sizes) + len(self._indexes)
+
     def index_digest(self, seq: int) -> bytes:
         """BLAKE3 of the head and table of the index that has pack `seq`; the session must be sealed."""
         return self._indexes[seq // PACKS_PER_INDEX]

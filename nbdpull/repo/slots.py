@@ -125,13 +125,14 @@ class Slots:
         if not slots:
             raise WrongKeyError(
                 f"repository {self.location} is encrypted and has no usable key slot; give the exported"
-                " recovery key in NBDPULL_KEY_FILE"
+                f" recovery key in {source.variables}_KEY_FILE"
             )
         password = password_of(source)
+        name = source.variables
         if password is None:
             raise WrongKeyError(
-                f"repository {self.location} is encrypted and no key is given; set"
-                " NBDPULL_PASSWORD_FILE, NBDPULL_PASSWORD_COMMAND, NBDPULL_PASSWORD or NBDPULL_KEY_FILE"
+                f"repository {self.location} is encrypted and no key is given; set {name}_PASSWORD_FILE,"
+                f" {name}_PASSWORD_COMMAND, {name}_PASSWORD or {name}_KEY_FILE"
             )
         damaged: DamagedError | None = None
         for slot in slots:
