@@ -124,6 +124,7 @@ async def backup(
     guest_first: bool = False,
     nbd_address: str | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    trim_scratch: bool = False,
     force: bool = False,
     compression_level: int = 1,
     rate: int | None = None,
@@ -156,6 +157,8 @@ async def backup(
         guest_first: when the scratch space fails, end the backup instead of pausing the guest.
         nbd_address: URI of the NBD server that runs in this QEMU already; None starts one.
         scratch: folder for scratch images; None is the system's temporary folder.
+        trim_scratch: let go of each block once it is read, or known not to be wanted: the scratch needs room
+            only for what the guest overwrites ahead of the reading, and the guest's other writes cost no copy.
         force: also back up disks that an aborted run could freeze.
         compression_level: of zstd, 1 (fast) to 19.
         rate: most bytes to read from QEMU in a second, all disks together; None for no limit.
@@ -227,6 +230,7 @@ async def backup(
         guest_first=guest_first,
         nbd_address=nbd_address,
         scratch=None if scratch is None else os.fspath(scratch),
+        trim_scratch=trim_scratch,
         force=force,
         compression_level=compression_level,
         rate=rate,

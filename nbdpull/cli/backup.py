@@ -76,6 +76,11 @@ def chain_option(function: _F) -> _F:
     help="Where the guest's overwritten data is kept while it is read.",
 )
 @click.option(
+    "--trim-scratch",
+    is_flag=True,
+    help="Let go of each block once it is read: less room is needed there, and the guest waits less.",
+)
+@click.option(
     "--force", is_flag=True, help="Also disks in an iothread, which QEMU below 9.0 can't detach."
 )
 @click.option(
@@ -160,6 +165,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     guest_first: bool,
     nbd_address: str | None,
     scratch: str | None,
+    trim_scratch: bool,
     force: bool,
     compression_level: int,
     rate: int | None,
@@ -199,6 +205,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             guest_first=guest_first,
             nbd_address=nbd_address,
             scratch=scratch,
+            trim_scratch=trim_scratch,
             force=force,
             compression_level=compression_level,
             rate=rate,

@@ -135,6 +135,7 @@ class Connection:
         size: bytes of the export.
         read_only: True when the server refuses writes.
         multi_conn: True when several connections see each other's flushed writes.
+        can_trim: True when the server takes `trim`.
         min_block, preferred_block, max_block: request sizes in bytes that the server asks for.
         requests: sent so far.
         contexts: the meta contexts that were granted.
@@ -151,6 +152,8 @@ class Connection:
         self.read_only: bool = handle.is_read_only()
         self.multi_conn: bool = handle.can_multi_conn()
         self.can_zero: bool = handle.can_zero()
+        self.can_trim: bool = handle.can_trim()
+        self._trimming: tuple[int, int, int] | None = None
         self._can_flush: bool = handle.can_flush()
         self.min_block: int = handle.get_block_size(nbd.SIZE_MINIMUM) or 1
         self.preferred_block: int = handle.get_block_size(nbd.SIZE_PREFERRED) or 4096
@@ -342,6 +345,33 @@ class Connection:
             part = min(1 << 30, offset + length - at)
             cookie = self._issue("write zeroes", self._nbd.aio_zero, part, at)
             self._wait(cookie, "write zeroes", at, part)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Ask the server to let a range go; `length` must be below 4 GiB.
+
+        Does not wait for the answer: the next call of `trim` does, or `settle`.
+
+        Raises:
+            ReplyError: the server refused the range before.
+        """
+        with self._lock:
+            self._settle()
+            cookie = self._issue("trim", self._nbd.aio_trim, length, offset)
+            self._trimming = (cookie, offset, length)
+
+    def settle(self) -> None:
+        """Wait for the answer to the last `trim`.
+
+        Raises:
+            ReplyError: the server refused it.
+        """
+        with self._lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        asked, self._trimming = self._trimming, None
+        if asked is not None:
+            self._wait(asked[0], "trim", *asked[1:])
 
     def flush(self) -> None:
         """Make every completed write durable, those of other connections too where `multi_conn`."""

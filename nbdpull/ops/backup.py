@@ -83,6 +83,7 @@ class BackupOptions:
         guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
         nbd_address: URI of the NBD server that this QEMU runs already.
         scratch: folder for scratch images; None for the system's temporary one.
+        trim_scratch: give the scratch back what is read, and what needs no reading.
         force: also back up disks whose iothread makes a disconnect dangerous.
         compression_level: of zstd, 1 to 19.
         rate: most bytes to read in a second; None for no limit.
@@ -110,6 +111,7 @@ class BackupOptions:
     guest_first: bool = False
     nbd_address: str | None = None
     scratch: str | None = None
+    trim_scratch: bool = False
     force: bool = False
     compression_level: int = 1
     rate: int | None = None
@@ -181,6 +183,7 @@ async def backup(
         guest_first=options.guest_first,
         nbd_address=options.nbd_address,
         scratch=options.scratch,
+        trim_scratch=options.trim_scratch,
         force=options.force,
         quiesce=options.quiesce,
         agent=options.agent,
@@ -333,6 +336,7 @@ class _Run:
                     context=served.context,
                     granularity=served.granularity,
                     overwritten=served.overwritten,
+                    trims=served.trims,
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else 0,

@@ -12,7 +12,7 @@ from nbdpull.model.grain import GRAIN, Kind, Kinds
 from nbdpull.nbdio.connection import ReplyError
 from nbdpull.nbdio.status import Allocation, Dirty, StatusReader
 
-__all__ = ["Overwritten", "mark", "plan_changed", "zero_where_known"]
+__all__ = ["Overwritten", "mark", "mark_changed", "plan_changed", "zero_where_known"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,14 @@ def zero_where_known(
         mark(kinds, starts[data], ends[data], base, Kind.DATA)
     for since, until in overwritten(start, end) if overwritten is not None else ():
         kinds[(since - base) // GRAIN : -((base - until) // GRAIN)] = Kind.DATA
+
+
+def mark_changed(kinds: Kinds, dirty: StatusReader, base: int, end: int) -> bool:
+    """Set DATA on every grain of [base, end) that changed; returns whether any did."""
+    starts, ends, flags = dirty.read(base, end)
+    changed = (flags & Dirty.DIRTY) != 0
+    mark(kinds, starts[changed], ends[changed], base, Kind.DATA)
+    return bool(changed.any())
 
 
 def plan_changed(

@@ -99,6 +99,10 @@ class Healer:
         """Whether that segment must be planned: something of it is lost, or its old map is needed."""
         return index in self._segments or (changed and self._parent is not None)
 
+    def lacks(self, index: int) -> bool:
+        """Whether something of that segment is known to be lost, so that `plan` reads what is clean."""
+        return index in self._segments
+
     def plan(self, index: int, kinds: Kinds, read: Read) -> Segment:
         """Store anew what of a segment still is as it was, and mark the rest to be read.
 

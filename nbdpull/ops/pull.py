@@ -39,14 +39,15 @@ from nbdpull.model.grain import (
 from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
-from nbdpull.nbdio.status import Dirty, StatusReader, allocation_reader, dirty_reader
+from nbdpull.nbdio.status import StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
-from nbdpull.ops.extents import Overwritten, mark, plan_changed, zero_where_known
+from nbdpull.ops.extents import Overwritten, mark_changed, plan_changed, zero_where_known
 from nbdpull.ops.fairqueue import FairQueue
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
+from nbdpull.ops.trimming import Trimmer, trim_unchanged
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 
 __all__ = ["DiskPull", "PullCounts", "pull"]
@@ -85,6 +86,7 @@ class DiskPull:
         granularity: bytes of the smallest change that it can tell.
         overwritten: tells after a block status which of its ranges the source may have overwritten meanwhile;
             None where nobody writes.
+        trims: what is not read any more is given back, see `nbdpull.ops.trimming`.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
@@ -103,6 +105,7 @@ class DiskPull:
     healer: Healer | None = None
     granularity: int = GRAIN
     overwritten: Overwritten | None = None
+    trims: bool = False
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -213,6 +216,8 @@ class _Pull:
         self.lock = threading.Lock()
         self.meter = _Meter(callback)
         self.shared: dict[str, Connection] = {}
+        self.unchanged: FairQueue[DiskPull] = FairQueue(1, len(disks), cancel)
+        self._planning = self.lanes
 
     def close(self) -> None:
         """Close what the threads shared, once they have ended."""
@@ -226,6 +231,10 @@ class _Pull:
         while (disk := self._next()) is not None:
             self._plan_disk(disk, lane)
         self.batches.close(lane)
+        with self.lock:
+            self._planning -= 1
+            if not self._planning:
+                self.unchanged.close(0)
 
     def _next(self) -> DiskPull | None:
         with self.lock:
@@ -282,16 +291,19 @@ class _Pull:
             return allocation_reader(connection, strict=strict)
 
         read = self._source(disk, connection)
+        trimmer = Trimmer(connection) if disk.trims else None
         if disk.context is None:
-            self._plan_segments(disk, lane, None, allocation(strict=False), read)
+            self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
         lie = self._audit(disk, connection, second)
         if lie is not None:
             disk.lie.append(lie)
-            self._plan_segments(disk, lane, None, allocation(strict=False), read)
+            self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
-        self._plan_segments(disk, lane, dirty, allocation(strict=True), read)
+        if disk.trims:
+            self.unchanged.give(0, disk)  # not before the audit: it reads what is clean
+        self._plan_segments(disk, lane, dirty, allocation(strict=True), read, trimmer)
 
     def _source(self, disk: DiskPull, connection: Connection) -> Callable[[int, int], bytes]:
         def read(offset: int, length: int) -> bytes:
@@ -310,9 +322,7 @@ class _Pull:
         def kinds_of(index: int) -> Kinds:
             base = index * SEGMENT
             kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
-            starts, ends, flags = dirty.read(base, min(base + SEGMENT, disk.size))
-            changed = (flags & Dirty.DIRTY) != 0
-            mark(kinds, starts[changed], ends[changed], base, Kind.DATA)
+            mark_changed(kinds, dirty, base, min(base + SEGMENT, disk.size))
             return kinds
 
         def read(offset: int, length: int) -> bytes:
@@ -337,6 +347,7 @@ class _Pull:
         dirty: StatusReader | None,
         allocation: StatusReader | None,
         read: Callable[[int, int], bytes],
+        trimmer: Trimmer | None,
     ) -> None:
         times = ThreadTimes()
         for index in range(segment_count(disk.size)):
@@ -356,6 +367,8 @@ class _Pull:
             work = _SegmentWork(disk, index, kinds, [], 0)
             if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):
                 work.before = disk.healer.plan(index, kinds, read)
+            if trimmer is not None:
+                trimmer.trim_kind(kinds, Kind.ZERO, base, end)
             batches = _batches(work)
             if batches:
                 work.known = disk.session.known(index, kinds)
@@ -365,7 +378,26 @@ class _Pull:
                 self._finish(work)
             for batch in batches:
                 self.batches.give(lane, batch)
+        if trimmer is not None:
+            trimmer.settle()
         self.times.add(times)
+
+    def trim(self) -> None:
+        """A thread: lets go what is clean, of one disk after the other, while others are read."""
+        while (taken := self.unchanged.take()) is not None:
+            disk = taken[1]
+            if disk.parent is None or disk.context is None:
+                continue
+            contexts = (disk.context,)
+            with Connection.open(disk.uri, contexts=contexts, cancel=self.cancel) as connection:
+                trim_unchanged(
+                    Trimmer(connection),
+                    dirty_reader(connection, disk.context, granularity=disk.granularity),
+                    size=disk.size,
+                    parent=disk.parent,
+                    healer=disk.healer,
+                )
+                self.times.add(ThreadTimes(requests=connection.requests))
 
     def puller(self) -> None:
         """A puller thread."""
@@ -413,6 +445,8 @@ class _Pull:
             connection.read_into(frame, offset)
             times.source_s += time.perf_counter() - began
             self._store(work, first, frame)
+            if disk.trims:
+                Trimmer(connection).trim(offset, offset + length)
             self.meter.add(disk, length, read=length)
         with self.lock:
             work.open_batches -= 1
@@ -513,7 +547,8 @@ async def pull(
         on_start(cancel.set)
         planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
-            run_all([*planners, *[state.puller] * pullers], cancel)
+            trimming = [state.trim] if any(disk.trims for disk in disks) else []
+            run_all([*planners, *trimming, *[state.puller] * pullers], cancel)
         finally:
             state.close()
         return state.times

@@ -123,6 +123,7 @@ class ServedDisk:
         granularity: bytes of the smallest change that `context` can tell.
         overwritten: which ranges of [start, end) may have been overwritten since the point in time, asked after
             their block status; None where nobody writes.
+        trims: whether what is trimmed leaves the scratch, and can't be read any more.
     """
 
     disk: Disk
@@ -131,6 +132,7 @@ class ServedDisk:
     whole: bool = True
     granularity: int = GRANULARITY
     overwritten: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
+    trims: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +191,7 @@ class PointInTime(Protocol):
             obsolete: names of bitmaps, by disk name.
 
         Returns:
-            What could not be removed; it does no harm but takes memory.
+            What the user should know, such as what could not be removed; none of it harms the backup.
         """
 
     async def discard(self) -> tuple[str, ...]:

@@ -32,7 +32,6 @@ from nbdpull.errors import (
     Error,
     MonitorError,
     PointInTimeLostError,
-    ScratchFullError,
     SourceError,
 )
 from nbdpull.model.results import GuestCost, Quiesced
@@ -69,6 +68,7 @@ class QemuOptions:
         guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
         nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
         scratch: folder for scratch images; None for the system's temporary one.
+        trim_scratch: what is not read any more may be given back, see `ServedDisk.trims`.
         force: also disks whose iothread makes a disconnect dangerous.
         quiesce: the guest's agent freezes its file systems at the point in time.
         agent: the agent's socket; None asks QEMU for it.
@@ -85,6 +85,7 @@ class QemuOptions:
     max_guest_delay_s: int = GUEST_DELAY_S
     nbd_address: str | None = None
     scratch: str | None = None
+    trim_scratch: bool = False
     force: bool = False
     bitmaps: tuple[str, ...] = ()
     tls: Tls | None = None
@@ -117,6 +118,7 @@ class QemuPointInTime:
         self._options = options
         self._guard = ScratchGuard(rundir, self._lose)
         self._resumed: asyncio.Task[None] | None = None
+        self._paused_itself: list[str] = []
         self._began = 0.0
         self._pause_s = 0.0
         self._copied: int | None = None
@@ -307,6 +309,7 @@ class QemuPointInTime:
                     "driver": "snapshot-access",
                     "node-name": node,
                     "file": self._names.filter(index),
+                    "discard": "unmap",
                 },
             )
 
@@ -338,6 +341,8 @@ class QemuPointInTime:
                 "id": export,
                 "node-name": self._names.access(index),
                 "name": export,
+                # Only to be trimmed: snapshot-access takes no write.
+                "writable": self._options.trim_scratch,
             }
             context = None
             if plan.base is not None:
@@ -363,6 +368,7 @@ class QemuPointInTime:
                     context=context,
                     whole=whole,
                     overwritten=overwritten,
+                    trims=self._options.trim_scratch,
                 )
             )
         self.disks = tuple(served)
@@ -415,10 +421,7 @@ class QemuPointInTime:
                     )
                 )
         elif name == "BLOCK_IO_ERROR" and data.get("nospace"):
-            # The guest is paused: the room that is let go lets its write succeed.
-            self._lose(self._guard.full("QEMU found none for a write"))
-            if self._resumed is None:
-                self._resumed = asyncio.create_task(self._resume(), name="resume-guest")
+            self._on_no_space(data)
         elif name == "BLOCK_EXPORT_DELETED" and str(data.get("id", "")).startswith(
             f"np-{self._names.run}-"
         ):
@@ -428,8 +431,31 @@ class QemuPointInTime:
                 )
             )
 
+    def _on_no_space(self, data: Mapping[str, Any]) -> None:
+        """QEMU found no room for a write of the guest: in the scratch, or on the disk itself.
+
+        The event is the same for both, down to the node's name: it is that of the filter.
+        """
+        with contextlib.suppress(OSError):
+            self._guard.check()
+        if not self._guard.pressed:
+            note = (
+                f"QEMU found no room for what the guest wrote to {data.get('device') or data.get('node-name')}"
+                " itself during the backup (the scratch has room): the guest may be paused for it; make room"
+                " and let it go on"
+            )
+            log.warning("%s", note)
+            self._paused_itself.append(note)
+            return
+        # The guest is paused: the room that is let go lets its write succeed.
+        self._lose(self._guard.full("QEMU found none for a write"))
+        if self._resumed is None:
+            self._resumed = asyncio.create_task(self._resume(), name="resume-guest")
+
     async def _resume(self) -> None:
         """Let a guest go on that QEMU paused because the scratch was full."""
+        if self._paused_itself:
+            return  # what it waits for is not ours, and whoever runs it may not want it to try
         begin = asyncio.get_running_loop().time()
         with contextlib.suppress(MonitorError, CommandError):
             status = (await self._monitor.execute("query-status"))["status"]
@@ -492,7 +518,7 @@ class QemuPointInTime:
         with contextlib.suppress(OSError):  # only its peak is wanted
             await asyncio.to_thread(self._guard.check)
         await self._stack.aclose()
-        if not self._monitor_lost and isinstance(self.lost, ScratchFullError):
+        if not self._monitor_lost and self._resumed is not None:
             # With the job gone the write that found no room succeeds.
             await self._resume()
         if self._resumed is not None:
@@ -531,12 +557,13 @@ class QemuPointInTime:
             obsolete: names of bitmaps, by disk name.
 
         Returns:
-            What could not be removed; it does no harm but takes memory in QEMU.
+            What the user should know: what could not be removed, which does no harm but takes memory in
+            QEMU, and whether the guest was paused for a reason of its own.
         """
         doomed = [(plan.disk.node, self._names.bitmap) for plan in self._plans]
         for plan in self._plans:
             doomed += [(plan.disk.node, name) for name in obsolete.get(plan.disk.name, ())]
-        return await self._remove_bitmaps(doomed)
+        return (*self._paused_itself[:1], *await self._remove_bitmaps(doomed))
 
     async def discard(self) -> tuple[str, ...]:
         """The backup failed: drop its checkpoints. The older ones have recorded all along."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -26,6 +27,7 @@ _HELD: Final = 64 << 20
 _LEAST: Final = 1 << 20
 """Bytes of room without which nothing is begun."""
 _POLL_S: Final = 0.05
+_RECENT_S: Final = 5.0
 
 
 class ScratchGuard:
@@ -54,22 +56,37 @@ class ScratchGuard:
         held = min(_HELD, free // 4)
         rundir.hold_back(held)
         self._low = held // 2
+        # Far more than is written between two looks.
+        self._tight = min((free - held) // 2, 4 * held)
+        self._tight_at = -_RECENT_S
+        self._let_go = False
 
     def check(self) -> ScratchFullError | None:
         """Look once: the error when there is too little room to go on."""
         self.peak = max(self.peak, self._rundir.used_bytes())
         free = self._rundir.free_bytes()
+        if free < self._tight:
+            self._tight_at = time.monotonic()
         if free >= self._low:
             return None
         return self.full(f"it has {free} bytes left, and the backup ends at {self._low}")
 
+    @property
+    def pressed(self) -> bool:
+        """Whether a write can have found no room: it was seen low some seconds ago, or was let go.
+
+        Not the room of this moment: a trim may have made some since.
+        """
+        return self._let_go or time.monotonic() - self._tight_at < _RECENT_S
+
     def full(self, found: str) -> ScratchFullError:
         """Let go what was held back, and make the error."""
+        self._let_go = True
         self._rundir.let_go()
         return ScratchFullError(
             f"the room in scratch folder {self._rundir.path.parent} ran out: {found}, so that the guest"
-            f" need not wait; the guest overwrote {self.peak} bytes meanwhile: choose a folder with more"
-            " room with --scratch, or back up when the guest writes less"
+            f" need not wait; {self.peak} bytes that the guest has overwritten lay there: choose a folder with"
+            " more room with --scratch, need less with --trim-scratch, or back up when the guest writes less"
         )
 
     async def watch(self) -> None:

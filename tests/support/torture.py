@@ -1,6 +1,6 @@
 """Rounds of trouble for a real Linux guest, each with a backup that must restore exactly.
 
-A round does some of: random writes, zeroes and trims; growing a disk; plugging one in; an external snapshot,
+A round does some of: random writes, zeroes and trims; growing a disk; plugging one in and out; an external snapshot,
 and its commit; a client that is killed or cancelled; QEMU killed, quit or shut down and started again. Then
 it makes a backup, of a random level, in one of two chains, in either mode, of the VM running, halted or
 shut down, and restores it:
@@ -106,6 +106,7 @@ class Torture:
             *[self._write] * 5,
             self._grow,
             self._plug,
+            self._unplug,
             self._snapshot,
             self._kill_client,
             self._cancel_client,
@@ -174,6 +175,17 @@ class Torture:
         self.guest.hot_add(disk)
         self.done["plugged in"] += 1
 
+    def _unplug(self) -> None:
+        """Unplug the plugged disk; the next one of its name is another disk."""
+        if not any(disk.name == "extra" for disk in self.guest.disks):
+            return
+        self._commit()
+        # What a killed client left stands on its node.
+        nbdpull.cleanup(self.guest.uri, scratch=self.scratch)
+        self.guest.hot_remove("extra")
+        shutil.rmtree(self.folder / f"plugged-{self.plugged}")
+        self.done["unplugged"] += 1
+
     def _snapshot(self) -> None:
         """Take an external snapshot of the plugged disk, or commit the one there is."""
         disk = next((one for one in self._mine() if one.name == "extra"), None)
@@ -199,8 +211,9 @@ class Torture:
         # What a killed client left stands on the overlay, and QEMU commits only what nothing stands on.
         nbdpull.cleanup(self.guest.uri, scratch=self.scratch)
         path, node = self.overlay
+        since = len(self.guest.events)
         self.guest.qmp("block-commit", job_id="commit", device=node)
-        self.guest.wait_event("BLOCK_JOB_READY", since=0)
+        self.guest.wait_event("BLOCK_JOB_READY", since=since)
         deadline = time.monotonic() + 60
         while True:
             jobs = [job for job in self.guest.qmp("query-jobs") if job["id"] == "commit"]
@@ -220,6 +233,7 @@ class Torture:
         command += ["-r", str(self.repository), "--chain", self.rng.choice("ab"), "--rate", "8M"]
         command += ["--scratch", str(self.scratch), "-l", self.rng.choice(("auto", "full"))]
         command += self.rng.choice(([], ["--guest-first"]))
+        command += self.rng.choice(([], ["--trim-scratch"]))
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _end_client(self, number: signal.Signals) -> None:
@@ -273,6 +287,7 @@ class Torture:
             "level": self.rng.choice(_LEVELS),
             "chain": self.rng.choice("ab"),
             "scratch": self.scratch,
+            "trim_scratch": self.guest.running and self.rng.random() < 0.5,
         }
 
     def _count(self, result: nbdpull.BackupResult, kind: str) -> None:

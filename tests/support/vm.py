@@ -353,8 +353,13 @@ class Vm(QemuProcess):
 
     def hot_remove(self, name: str, *, timeout_s: float = 20.0) -> None:
         """Unplug a disk. A guest without an operating system never agrees, so only use it with one."""
+        since = len(self.events)
         self.qmp("device_del", id=name)
-        self.wait_event("DEVICE_DELETED", timeout_s=timeout_s)
+        gone = None
+        while gone != name:  # its backend is told first, and the node is in use until both are gone
+            event = self.wait_event("DEVICE_DELETED", since=since, timeout_s=timeout_s)
+            gone = event["data"].get("device")
+            since = self.events.index(event, since) + 1
         disk = self.disk(name)
         self.qmp("blockdev-del", node_name=disk.node)
         self._disks.remove(disk)
