@@ -160,7 +160,7 @@ async def _recover(
     for live in swept.live:
         if live.chain == chain.id:
             raise InUseError(
-                f"chain '{options.chain}' is being backed up by process {live.pid} right now; wait for"
+                f"chain '{options.chain}' is being backed up by {live.who} right now; wait for"
                 " it, or end it and run 'nbdpull cleanup'"
             )
 

@@ -137,11 +137,22 @@ class ServedDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveRun:
-    """A run that is under way: its things were left alone."""
+    """A run that is under way, or may be: its things were left alone.
+
+    Attributes:
+        chain, pid: of what and as whom; None where that can't be seen from here.
+    """
 
     run: str
     chain: str | None
     pid: int | None
+
+    @property
+    def who(self) -> str:
+        """The process, in words."""
+        if self.pid is None:
+            return "a process that can't be seen from here (another container, user or host?)"
+        return f"process {self.pid}"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -132,9 +132,7 @@ async def _server(monitor: Monitor, options: QemuOptions) -> Iterator[Finding]:
 
 def _leftovers(found: Swept) -> Iterator[Finding]:
     for live in found.live:
-        yield _warning(
-            "other runs", f"process {live.pid} backs this VM up right now, for run {live.run}"
-        )
+        yield _warning("other runs", f"{live.who} backs this VM up right now, for run {live.run}")
     if found.removed:
         yield _warning(
             "other runs",

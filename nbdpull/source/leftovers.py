@@ -1,8 +1,9 @@
 """What a killed run leaves in QEMU, and its removal.
 
 After the client is gone its exports, filters, jobs, nodes and bitmaps are all still there. They are
-known by their names (`names`), and by the run's folder (`rundir`) whether that run still lives: a
-stopped process holds its lock, so nothing is taken away under it. Each step works whatever the steps
+known by their names (`names`). Whether that run still lives QEMU tells by its `lifeline`, and its folder
+(`rundir`) by a lock, where it can be seen: a stopped process holds both, so nothing is taken away under it.
+A run lives if either says so, and what lives is left alone. Each step works whatever the steps
 before it found, so a clean-up that is itself killed is simply run again.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from nbdpull.errors import CommandError
 from nbdpull.source.base import Committed, LiveRun, Swept
+from nbdpull.source.lifeline import Life, can_tell, lives
 from nbdpull.source.names import RunNames, checkpoint_parts, run_of
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import FoundRun, find_run, find_runs
@@ -38,10 +40,13 @@ class _Found:
     nodes: dict[str, Mapping[str, Any]]
     bitmaps: list[tuple[str, str]]  # (node, name), exported ones
     checkpoints: list[tuple[str, str]]  # (node, name), those of ours
+    lives: Mapping[str, Life]
     foreign_exports: int
 
     @classmethod
     async def read(cls, monitor: Monitor) -> _Found:
+        # Before and after all else: a run may end, and another begin, while this reads.
+        lives_before = await lives(monitor)
         exports = await monitor.execute("query-block-exports")
         nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
         jobs = await monitor.execute("query-jobs")
@@ -59,6 +64,7 @@ class _Found:
             nodes={n["node-name"]: n for n in nodes if run_of(n["node-name"])},
             bitmaps=[pair for pair in bitmaps if run_of(pair[1])],
             checkpoints=[pair for pair in bitmaps if checkpoint_parts(pair[1])],
+            lives={**lives_before, **await lives(monitor)},
             foreign_exports=sum(
                 1 for entry in exports if entry["type"] == "nbd" and not run_of(entry["id"])
             ),
@@ -66,7 +72,12 @@ class _Found:
 
     def runs(self) -> set[str]:
         names = [*self.exports, *self.jobs, *self.nodes, *(name for _, name in self.bitmaps)]
-        return {run for name in names if (run := run_of(name))}
+        return {run for name in names if (run := run_of(name))} | set(self.lives)
+
+    def chain(self, run: str) -> str | None:
+        """The chain that a run backs up, as far as QEMU tells."""
+        life = self.lives.get(run)
+        return life.chain if life is not None else None
 
     def folder(self, run: str) -> Path | None:
         """The run's folder, told by where its scratch images are."""
@@ -98,10 +109,11 @@ async def sweep(
     swept = Swept()
     found = await _Found.read(monitor)
     async for run, folder in _runs(monitor, found, scratch):
-        if folder is not None and folder.alive and not force:
-            swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
+        live = _live(monitor, found, run, folder)
+        if live is not None and not force:
+            swept.live.append(live)
             swept.kept.append(
-                f"run {run}: process {folder.pid} still works on it (end it first, or use --force)"
+                f"run {run}: {live.who} still works on it (end it first, or use --force)"
             )
             continue
         sweeper = _Sweeper(monitor=monitor, run=run, found=found, folder=folder, swept=swept)
@@ -112,12 +124,29 @@ async def sweep(
 async def sweep_dry(monitor: Monitor, *, scratch: str | None = None) -> Swept:
     """What `sweep` would find: the dead runs by name in `removed`, and the live ones."""
     swept = Swept()
-    async for run, folder in _runs(monitor, await _Found.read(monitor), scratch):
-        if folder is not None and folder.alive:
-            swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
+    found = await _Found.read(monitor)
+    async for run, folder in _runs(monitor, found, scratch):
+        live = _live(monitor, found, run, folder)
+        if live is not None:
+            swept.live.append(live)
         else:
             swept.removed.append(f"run {run}")
     return swept
+
+
+def _live(monitor: Monitor, found: _Found, run: str, folder: FoundRun | None) -> LiveRun | None:
+    """The run, unless it is sure that it is over."""
+    life = found.lives.get(run)
+    # A run without a lifeline is over, or has only its folder yet; in a QEMU that knows none, nothing
+    # tells of a run whose folder is somewhere else.
+    unknown = folder is None and not can_tell(monitor)
+    if unknown or (life is not None and life.alive) or (folder is not None and folder.alive):
+        return LiveRun(
+            run=run,
+            chain=(folder.chain if folder is not None else None) or found.chain(run),
+            pid=folder.pid if folder is not None else None,
+        )
+    return None
 
 
 async def _runs(
@@ -199,7 +228,14 @@ class _Sweeper:
         await self._remove_nodes("copy-before-write")
         await self._remove_nodes("file")
         await self._remove_bitmaps(committed)
-        await self._remove_folder()
+        await self._stop_server()
+        if self.folder is not None:
+            await asyncio.to_thread(self.folder.remove)
+            self.swept.removed.append(f"scratch folder of run {self.run}")
+        life = self.found.lives.get(self.run)
+        if life is not None:
+            # Last: while anything is left, it says that the run is over.
+            await self.remove("lifeline", life.name, "chardev-remove", {"id": life.name})
 
     async def _let_guest_run(self) -> None:
         if self.folder is not None and self.folder.paused:
@@ -230,19 +266,19 @@ class _Sweeper:
         arguments = {"node": node, "name": name}
         await self.remove(what, name, "block-dirty-bitmap-remove", arguments)
 
-    async def _remove_folder(self) -> None:
-        if self.folder is None:
+    async def _stop_server(self) -> None:
+        life = self.found.lives.get(self.run)
+        # With its exports there, the server that it was to start is the one that runs.
+        said = life is not None and life.server and bool(self.mine(self.found.exports))
+        if not said and (self.folder is None or not self.folder.server):
             return
-        if self.folder.server and not self.found.foreign_exports:
+        if not self.found.foreign_exports:
             problem = await _try(self.monitor, "nbd-server-stop", {})
             if problem is None:
                 self.swept.removed.append(f"NBD server of run {self.run}")
-        if self.folder.server:
-            creds = RunNames(self.run).tls
-            if await _try(self.monitor, "object-del", {"id": creds}) is None:
-                self.swept.removed.append(f"object {creds}")
-        await asyncio.to_thread(self.folder.remove)
-        self.swept.removed.append(f"scratch folder of run {self.run}")
+        creds = RunNames(self.run).tls
+        if await _try(self.monitor, "object-del", {"id": creds}) is None:
+            self.swept.removed.append(f"object {creds}")
 
 
 async def _give_drive_back(monitor: Monitor, node: str) -> None:

@@ -2,6 +2,8 @@
 
     np-<run>-scr0, -cbw0, -acc0, -bk0, -e0     nodes, jobs and exports of one run; gone when it ends
     np-<run>-tls                               object: what the NBD server is secured with
+    np-<run>-life-<chain>[-nbd]                chardev: there and connected while the run lives, see `lifeline`;
+                                               with -nbd the run starts the NBD server
     np-<run>-exp                               bitmap: what this run exports; gone when it ends
     nbdpull-<chain>-<backup>                   bitmap: a checkpoint; records what changed since a backup
 
@@ -17,9 +19,18 @@ from typing import Final
 
 from blake3 import blake3
 
-__all__ = ["ChainId", "RunNames", "chain_id", "checkpoint_name", "checkpoint_parts", "run_of"]
+__all__ = [
+    "ChainId",
+    "RunNames",
+    "chain_id",
+    "checkpoint_name",
+    "checkpoint_parts",
+    "life_parts",
+    "run_of",
+]
 
 _RUN: Final = re.compile(r"np-([0-9a-f]{8})-[a-z]+[0-9]*")
+_LIFE: Final = re.compile(r"np-([0-9a-f]{8})-life-([0-9a-f]{12})(-nbd)?")
 _CHECKPOINT: Final = re.compile(r"nbdpull-([0-9a-f]{12})-([0-9a-f]{16})")
 
 ChainId = str
@@ -53,6 +64,12 @@ def run_of(name: str) -> str | None:
     return found[1] if found else None
 
 
+def life_parts(name: str) -> tuple[str, ChainId, bool] | None:
+    """Of a lifeline's name the run, the chain's id, and whether the run starts the NBD server; else None."""
+    found = _LIFE.fullmatch(name)
+    return (found[1], found[2], found[3] is not None) if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class RunNames:
     """Names of one run's things, by number of disk."""
@@ -84,6 +101,10 @@ class RunNames:
     def tls(self) -> str:
         """The object that holds the NBD server's certificates or keys."""
         return f"np-{self.run}-tls"
+
+    def life(self, chain: ChainId, *, server: bool) -> str:
+        """The chardev that tells whether the run lives, and whether it starts the NBD server."""
+        return f"np-{self.run}-life-{chain}{'-nbd' if server else ''}"
 
     def export(self, index: int) -> str:
         """The NBD export: its id in QEMU, and its name for clients."""

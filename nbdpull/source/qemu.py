@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -21,10 +22,11 @@ from nbdpull.source.checkup import examine
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
 from nbdpull.source.fleecing import QemuOptions, QemuPlan, freeze
 from nbdpull.source.leftovers import sweep
+from nbdpull.source.lifeline import Lifeline
 from nbdpull.source.names import RunNames
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import RunDir
-from nbdpull.source.whole import whole
+from nbdpull.source.whole import finished, whole
 
 __all__ = ["QemuSource", "vm_name"]
 
@@ -59,6 +61,7 @@ class QemuSource:
         self._options = options
         self._disks: dict[str, QemuDisk] = {}
         self._rundirs: list[RunDir] = []
+        self._lifelines: list[Lifeline] = []
 
     async def vm_name(self) -> tuple[str, str | None]:
         """See `Source.vm_name`."""
@@ -101,6 +104,10 @@ class QemuSource:
             owner=owner,
         )
         self._rundirs.append(rundir)
+        server = self._options.nbd_address is None
+        lifeline = Lifeline(monitor, RunNames(info.run).life(info.chain, server=server))
+        self._lifelines.append(lifeline)
+        await finished(lifeline.tie(rundir.life, rundir.life))
         qemu_plans = [
             QemuPlan(disk=self._disks[plan.disk.name], base=plan.base, checkpoint=plan.checkpoint)
             for plan in plans
@@ -133,10 +140,15 @@ class QemuSource:
             await whole(rundir.remove_scratch)
 
     async def close(self) -> None:
-        """Let the run's folder and lock go.
+        """Let the run's lifeline, folder and lock go.
 
         Not at the end of `freeze`: as long as its checkpoints are neither confirmed nor discarded, the run
         lives, and nobody may sweep it.
         """
+        await finished(self._close())
+
+    async def _close(self) -> None:
+        for lifeline in self._lifelines:
+            await lifeline.cut()
         for rundir in self._rundirs:
-            await whole(rundir.close)
+            await asyncio.to_thread(rundir.close)

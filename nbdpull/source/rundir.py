@@ -7,6 +7,7 @@ nbdpull-<run>/
     disk<n>.raw   scratch, sparse
     held          room that is held back, see `scratch`
     server        there when this run started an NBD server that listens elsewhere
+    life          made by QEMU; see `lifeline`
     nbd.sock      made by QEMU; there as long as the server that this run started
 """
 
@@ -110,6 +111,11 @@ class RunDir:
         """Where QEMU's NBD server is to listen."""
         return str(self.path / "nbd.sock")
 
+    @property
+    def life(self) -> str:
+        """Where QEMU is to listen for the run's lifeline."""
+        return str(self.path / "life")
+
     def make_scratch(self, index: int, size: int) -> str:
         """Make a sparse file of `size` bytes and return its path.
 
@@ -199,7 +205,7 @@ class FoundRun:
     """The folder of some run, as found on the disk.
 
     Attributes:
-        alive: its process lives (and may be stopped).
+        alive: its process lives (and may be stopped), as far as its lock tells.
         paused: it stopped the guest and has not let it go on.
         server: it started the NBD server.
     """

@@ -41,7 +41,7 @@ def test_boot_writer_writes_to_both_disks_in_step(tmp_path: Path, qemu_tools: Qe
             later = vm.copy_disks(tmp_path / "later")
         with pytest.raises(AssertionError, match="different points in time"):
             writer.check_together([later["vda"], copies["vdb"]])
-        assert vm.leftovers() == {"jobs": [], "exports": [], "nodes": []}
+        assert vm.leftovers() == {"jobs": [], "exports": [], "nodes": [], "chardevs": []}
 
 
 def test_boot_writer_goes_on_after_a_restart(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_storage_daemon_is_written_to_through_its_guest_export(
     disk = create_disk(tmp_path, "disk0", size=4 * MIB, tools=qemu_tools)
     with StorageDaemon([disk], tools=qemu_tools, nbd_server=nbd_server) as daemon:
         daemon.qemu_io("disk0", "write -P 5 1M 64k")
-        assert daemon.leftovers() == {"jobs": [], "exports": [], "nodes": []}
+        assert daemon.leftovers() == {"jobs": [], "exports": [], "nodes": [], "chardevs": []}
         copy = to_raw(disk.path, tmp_path / "copy", tools=qemu_tools)
     assert copy.read_bytes()[MIB : MIB + 65536] == b"\5" * 65536
 

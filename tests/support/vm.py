@@ -186,9 +186,9 @@ class QemuProcess:
         raise KeyError(wanted)
 
     def leftovers(self) -> dict[str, list[str]]:
-        """Ids of all jobs, exports and named nodes that did not come from the harness.
+        """Ids of all jobs, exports, named nodes and chardevs that did not come from the harness.
 
-        ``{"jobs": [], "exports": [], "nodes": []}`` after a clean run.
+        All lists are empty after a clean run.
         """
         own = {disk.node for disk in self._disks}
         own |= {f"file-{disk.name}" for disk in self._disks}
@@ -204,6 +204,11 @@ class QemuProcess:
             ],
             # QEMU itself names nodes that nobody named '#block123'.
             "nodes": [name for name in names if name not in own and not name.startswith("#")],
+            "chardevs": [
+                entry["label"]
+                for entry in self.qmp("query-chardev")
+                if entry["label"].startswith("np-")
+            ],
         }
 
     def block_resize(self, name: str, size: int) -> None:
