@@ -44,6 +44,7 @@ from nbdpull.ops.audit import Audit
 from nbdpull.ops.extents import Overwritten, mark_changed, plan_changed, zero_where_known
 from nbdpull.ops.fairqueue import FairQueue
 from nbdpull.ops.heal import Healer
+from nbdpull.ops.order import Foresight, Order
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, worker_count
@@ -210,7 +211,9 @@ class _Pull:
         self.rate = rate
         self.cancel = cancel
         self.lanes = min(_LANES, len(disks))
-        self.batches: FairQueue[_Batch] = FairQueue(self.lanes, _QUEUE, cancel)
+        # What waits there is read before anything that the guest is about to overwrite.
+        depth = max(4, pullers // 2) if any(disk.trims for disk in disks) else _QUEUE
+        self.batches: FairQueue[_Batch] = FairQueue(self.lanes, depth, cancel)
         self.times = PullTimes(pullers)
         self._left = iter(disks)
         self.lock = threading.Lock()
@@ -350,7 +353,8 @@ class _Pull:
         trimmer: Trimmer | None,
     ) -> None:
         times = ThreadTimes()
-        for index in range(segment_count(disk.size)):
+
+        def plan(index: int) -> list[tuple[int, _Batch]]:
             if self.cancel.is_set():
                 raise Cancelled
             base = index * SEGMENT
@@ -376,8 +380,12 @@ class _Pull:
             self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
             if (changed or work.before is not None) and not batches:
                 self._finish(work)
-            for batch in batches:
-                self.batches.give(lane, batch)
+            return [(base + batch.runs[0][0] * GRAIN, batch) for batch in batches]
+
+        # What is read and not trimmed is copied all the same, so the order would spare the guest nothing.
+        ahead = Foresight(disk.overwritten, disk.size) if disk.trims and disk.overwritten else None
+        for batch in Order(segment_count(disk.size), plan, ahead or (lambda: None)):
+            self.batches.give(lane, batch)
         if trimmer is not None:
             trimmer.settle()
         self.times.add(times)

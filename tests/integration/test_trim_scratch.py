@@ -13,6 +13,7 @@ import pytest
 import nbdpull
 from nbdpull.nbdio.connection import Connection, ReplyError, unix_uri
 from nbdpull.nbdio.tls import Tls
+from nbdpull.ops import pull
 from nbdpull.ops.threads import worker_count
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.open import check_source
@@ -23,6 +24,7 @@ from tests.support.process import run
 from tests.support.tools import QemuTools
 from tests.support.vm import Vm
 
+KIB = 1 << 10
 BOTH = pytest.mark.parametrize("guest_first", [False, True], ids=["mode-b", "mode-c"])
 
 
@@ -36,6 +38,13 @@ def few_mib(tmp_path: Path) -> Iterator[Path]:
         yield small
     finally:
         run(["umount", small])
+
+
+@pytest.fixture
+def every_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pull tell of each frame that it read; with as many workers as on two cores."""
+    monkeypatch.setattr(pull, "_PROGRESS_S", 0.0)
+    monkeypatch.setattr(pull, "worker_count", lambda: 4)
 
 
 def noise(disk: Disk, *, size: int, tools: QemuTools) -> None:
@@ -138,6 +147,38 @@ def test_a_real_guest_overwrites_everything_on_few_mib_of_scratch(
         assert not any(vm.leftovers().values())
         for name, path in keeper.restore(done.backup).items():
             compare(path, truth[name], tools=qemu_tools)
+
+
+@BOTH
+@pytest.mark.usefixtures("every_progress")
+def test_what_a_guest_is_about_to_overwrite_is_read_first(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path, few_mib: Path, *, guest_first: bool
+) -> None:
+    """It overwrites upwards from the middle, 512 KiB for each 4 MiB that are read: 12 MiB before they meet."""
+    disk = create_disk(tmp_path, "vda", size=192 * MIB, tools=qemu_tools)
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -q -P 1 0 192M")
+        truth = to_raw(disk.path, tmp_path / "truth", tools=qemu_tools)
+        written = 0
+
+        def overwrite(progress: nbdpull.Progress) -> None:
+            nonlocal written
+            while written < progress.done // 8 - 512 * KIB:
+                vm.qemu_io("vda", f"write -q -P 2 {96 * MIB + written} 512k")
+                written += 512 * KIB
+
+        done = nbdpull.backup(
+            vm.uri,
+            keeper.repository,
+            scratch=few_mib,
+            trim_scratch=True,
+            guest_first=guest_first,
+            progress=overwrite,
+        )
+        assert written > 20 * MIB
+        assert done.cost is not None
+        assert done.cost.scratch_peak_bytes <= 5 * MIB
+        compare(keeper.restore(done.backup)["vda"], truth, tools=qemu_tools)
 
 
 @BOTH
