@@ -37,6 +37,7 @@ __all__ = [
     "decode_footer",
     "encode_footer",
     "open_frame",
+    "open_frame_into",
 ]
 
 
@@ -162,7 +163,7 @@ class FrameHeader:
 class FrameCipher(Protocol):
     """The keys of an encrypted pack."""
 
-    def open_frame(self, stored: bytes, header: FrameHeader) -> bytes:
+    def open_frame(self, stored: Buffer, header: FrameHeader) -> bytes:
         """The payload of a stored frame whose header, as stored, is `header`."""
 
     def digest(self, raw: Buffer) -> bytes:
@@ -170,7 +171,7 @@ class FrameCipher(Protocol):
 
 
 def open_frame(
-    stored: bytes,
+    stored: Buffer,
     expected: FrameHeader,
     unpacker: zstandard.ZstdDecompressor,
     keys: FrameCipher | None = None,
@@ -186,28 +187,65 @@ def open_frame(
     Raises:
         FormatError: these are not the bytes that were written.
     """
+    payload = _payload(stored, expected, keys)
+    raw = bytes(payload) if expected.codec is Codec.RAW else _unpack(payload, expected, unpacker)
+    _compare(raw, expected, keys)
+    return raw
+
+
+def open_frame_into(
+    stored: Buffer,
+    expected: FrameHeader,
+    unpacker: zstandard.ZstdDecompressor,
+    keys: FrameCipher | None,
+    out: memoryview,
+) -> None:
+    """The same into `out`, which has `expected.rlen` bytes; undefined when it raises.
+
+    Only what comes out is compared: bytes behind the end of what was compressed are not looked at.
+    """
+    payload = _payload(stored, expected, keys)
+    if expected.codec is Codec.RAW:
+        out[:] = payload
+    else:
+        try:
+            _check_claim(payload, expected)
+            # With room for all of it, zstd unpacks straight into `out`.
+            with unpacker.stream_reader(payload) as reader:
+                done = reader.readinto(out)
+        except zstandard.ZstdError as exc:
+            raise FormatError(f"it does not unpack: {exc}") from exc
+        if done != expected.rlen:
+            raise FormatError(f"it unpacks to {done} bytes, expected {expected.rlen}")
+    _compare(out, expected, keys)
+
+
+def _payload(stored: Buffer, expected: FrameHeader, keys: FrameCipher | None) -> Buffer:
     size = HEADER_SIZE + expected.clen
     if len(stored) != size:
         raise FormatError(f"it has {len(stored)} bytes, expected {size}: its pack is cut")
-    header = FrameHeader.decode(stored[:HEADER_SIZE])
+    header = FrameHeader.decode(bytes(stored[:HEADER_SIZE]))
     if (header if keys is None else header.with_digest(expected.digest)) != expected:
         raise FormatError("its header does not fit the session's index")
-    payload: Buffer = memoryview(stored)[HEADER_SIZE:]
-    if keys is not None:
-        payload = keys.open_frame(stored, header)
-    raw = bytes(payload) if expected.codec is Codec.RAW else _unpack(payload, expected, unpacker)
+    return memoryview(stored)[HEADER_SIZE:] if keys is None else keys.open_frame(stored, header)
+
+
+def _compare(raw: Buffer, expected: FrameHeader, keys: FrameCipher | None) -> None:
     digest = blake3(raw).digest() if keys is None else keys.digest(raw)
     if len(raw) != expected.rlen or digest != expected.digest:
         raise FormatError(f"it hashes to {digest.hex()}, the index says {expected.digest.hex()}")
-    return raw
+
+
+def _check_claim(payload: Buffer, expected: FrameHeader) -> None:
+    # zstandard allocates what the frame claims: look at the claim first.
+    claimed = zstandard.frame_content_size(payload)
+    if claimed != expected.rlen:
+        raise FormatError(f"it claims to unpack to {claimed} bytes, expected {expected.rlen}")
 
 
 def _unpack(payload: Buffer, expected: FrameHeader, unpacker: zstandard.ZstdDecompressor) -> bytes:
     try:
-        # zstandard allocates what the frame claims: look at the claim first.
-        claimed = zstandard.frame_content_size(payload)
-        if claimed != expected.rlen:
-            raise FormatError(f"it claims to unpack to {claimed} bytes, expected {expected.rlen}")
+        _check_claim(payload, expected)
         return unpacker.decompress(payload, max_output_size=expected.rlen, allow_extra_data=False)
     except zstandard.ZstdError as exc:
         raise FormatError(f"it does not unpack: {exc}") from exc

@@ -253,7 +253,7 @@ class PackKeys:
         tag = bytes(out[header.clen :])
         return header.with_digest(tag.ljust(32, b"\0")).encode(), out[: header.clen]
 
-    def open_frame(self, stored: bytes, header: FrameHeader) -> bytes:
+    def open_frame(self, stored: Buffer, header: FrameHeader) -> bytes:
         """The payload of a stored frame whose header, as stored, is `header`.
 
         Raises:
@@ -262,8 +262,8 @@ class PackKeys:
         """
         if any(header.digest[TAG_SIZE:]):
             raise FormatError("its header has more than a tag")
-        aad = self._context + stored[:_FRAME_AAD]
-        sealed = stored[HEADER_SIZE:] + header.digest[:TAG_SIZE]
+        aad = self._context + bytes(stored[:_FRAME_AAD])
+        sealed = b"".join((memoryview(stored)[HEADER_SIZE:], header.digest[:TAG_SIZE]))
         return self._of(header.kind).aead.open(header.number, sealed, aad)
 
     def seal_directory(self, raw: bytes) -> bytes:

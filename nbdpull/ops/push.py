@@ -3,30 +3,36 @@
     plan (under a lock, in disk order)          workers (two a core)
     ----------------------------------          -----------------------------------------------
     segment by segment: batches of pieces  ->   read, verify, decompress all of a batch, then
-    of at most 1 MiB of data; gaps              write it: nothing unverified reaches the target
+    of at most 4 MiB of data; gaps              write it: nothing unverified reaches the target
 
 Batches are handed out in disk order and written whole, so a target that takes bytes in order only
-lets each worker wait for its turn, and memory holds one batch for each worker.
+lets each worker wait for its turn, and memory holds one batch for each worker: once as it is stored,
+once unpacked, in a buffer that lasts as long as the worker does.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdpull.errors import DamagedError
-from nbdpull.model.grain import FRAME_GRAINS, GRAIN, SEGMENT, segment_count
+from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT, segment_count
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import run_all, worker_count
+from nbdpull.repo.ranges import Fetched
 from nbdpull.repo.repository import DiskReader
 from nbdpull.target.base import Target
 
 __all__ = ["DiskPush", "push"]
 
-_BATCH_PIECES = 64
+_BATCH_PIECES = 256
+_BATCH_MAX = 4 << 20
+_MEMORY = 32 << 20
+"""Bytes of all batches together, unpacked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +66,9 @@ class _Piece:
 class _Plan:
     """Hands out the disk in batches, in order. Any thread may call `take`."""
 
-    def __init__(self, disk: DiskPush) -> None:
+    def __init__(self, disk: DiskPush, batch: int) -> None:
         self._disk = disk
+        self._grains = batch // GRAIN
         self._batches = self._all()
         self._lock = threading.Lock()
 
@@ -77,17 +84,20 @@ class _Plan:
                 segment = self._disk.reader.segment(index)
             except DamagedError as exc:
                 raise _lost(self._disk.name, base, end, exc) from exc
-            yield from _batches(segment, base, end)
+            yield from _batches(segment, base, end, self._grains)
 
 
-def _batches(segment: Segment, base: int, end: int) -> Iterator[list[_Piece]]:
-    """The pieces of one segment, which is [base, end) of the disk, without a gap between them."""
+def _batches(segment: Segment, base: int, end: int, most: int) -> Iterator[list[_Piece]]:
+    """The pieces of one segment, which is [base, end) of the disk, without a gap between them.
+
+    A batch has `most` grains of data at most.
+    """
     batch: list[_Piece] = []
     grains = 0
     position = base
     for interval in segment:
         start = base + interval.start * GRAIN
-        if batch and (grains + interval.n > FRAME_GRAINS or len(batch) >= _BATCH_PIECES):
+        if batch and (grains + interval.n > most or len(batch) >= _BATCH_PIECES):
             yield batch
             batch, grains = [], 0
         if start > position:
@@ -111,16 +121,19 @@ def _lost(disk: str, start: int, end: int, exc: DamagedError) -> DamagedError:
 
 
 class _Push:
-    def __init__(self, disk: DiskPush, cancel: threading.Event) -> None:
+    def __init__(self, disk: DiskPush, cancel: threading.Event, workers: int) -> None:
         self._disk = disk
         self._cancel = cancel
-        self._plan = _Plan(disk)
+        self._batch = max(FRAME_MAX, min(_BATCH_MAX, _MEMORY // workers))
+        self._plan = _Plan(disk, self._batch)
 
     def work(self) -> None:
         """A worker thread."""
+        # Whole pages, so that a target can hand them to the storage as they are.
+        buffer = memoryview(mmap.mmap(-1, self._batch))
         while (batch := self._plan.take()) is not None:
             written = 0
-            for start, end, data in self._read(batch):
+            for start, end, data in self._read(batch, buffer):
                 if self._cancel.is_set():
                     raise Cancelled
                 if data is None:
@@ -129,33 +142,39 @@ class _Push:
                     written += self._disk.target.write(start, data)
             self._disk.meter.add(batch[-1].end - batch[0].start, written_bytes=written)
 
-    def _read(self, batch: list[_Piece]) -> list[tuple[int, int, bytes | None]]:
+    def _read(
+        self, batch: list[_Piece], buffer: memoryview
+    ) -> list[tuple[int, int, memoryview | None]]:
         """All of the batch, with neighbours joined: one larger write is cheaper than many."""
-        ready: list[tuple[int, int, bytes | None]] = []
-        parts: list[bytes] = []
+        fetched = self._disk.reader.fetch(
+            [piece.interval for piece in batch if piece.interval is not None]
+        )
+        ready: list[tuple[int, int, memoryview | None]] = []
+        begin = at = 0
         for position, piece in enumerate(batch):
             if self._cancel.is_set():
                 raise Cancelled
             if piece.interval is None:
                 ready.append((piece.start, piece.end, None))
                 continue
-            parts.append(self._read_piece(piece, piece.interval))
+            self._read_piece(piece, piece.interval, fetched, buffer[at:])
+            at += piece.end - piece.start
             if position + 1 == len(batch) or batch[position + 1].interval is None:
-                data = parts[0] if len(parts) == 1 else b"".join(parts)
-                ready.append((piece.end - len(data), piece.end, data))
-                parts = []
+                ready.append((piece.end - (at - begin), piece.end, buffer[begin:at]))
+                begin = at
         return ready
 
-    def _read_piece(self, piece: _Piece, interval: Interval) -> bytes:
+    def _read_piece(
+        self, piece: _Piece, interval: Interval, fetched: Fetched, out: memoryview
+    ) -> None:
         try:
-            data = self._disk.reader.read(interval)
+            length = self._disk.reader.read_into(interval, fetched, out)
         except DamagedError as exc:
             raise _lost(self._disk.name, piece.start, piece.end, exc) from exc
-        if len(data) != piece.end - piece.start:
+        if length != piece.end - piece.start:
             # The map and the frame were both written as they are: a bug, not damage.
             msg = f"disk '{self._disk.name}' at {piece.start}: expected {piece.end - piece.start} bytes"
-            raise ValueError(f"{msg}, the frame has {len(data)}")
-        return data
+            raise ValueError(f"{msg}, the frame has {length}")
 
 
 def push(disk: DiskPush, *, cancel: threading.Event) -> int:
@@ -169,6 +188,7 @@ def push(disk: DiskPush, *, cancel: threading.Event) -> int:
         TargetError: the target failed.
         Cancelled: `cancel` was set.
     """
-    state = _Push(disk, cancel)
-    run_all([state.work] * worker_count(), cancel)
+    workers = worker_count()
+    state = _Push(disk, cancel, workers)
+    run_all([state.work] * workers, cancel)
     return disk.meter.count("written_bytes")

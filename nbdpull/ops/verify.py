@@ -41,6 +41,7 @@ from nbdpull.ops.lost import Suspect, damaged_frame, record_damage, suspects
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.damage import KNOWN_MAX, Pack
+from nbdpull.repo.ranges import RANGE_MAX
 from nbdpull.repo.repository import Backup, DiskReader, Repository
 
 __all__ = ["VerifyOptions", "verify"]
@@ -48,8 +49,9 @@ __all__ = ["VerifyOptions", "verify"]
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_BATCH_GRAINS = 64
-_BATCH_FRAMES = 64
+_BATCH_FRAMES = 256
+_MEMORY = 32 << 20
+"""Bytes of all batches together, as they are stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,15 +238,23 @@ class _Verify:
     def _read_frames(self, manifest: Manifest, reader: DiskReader, meter: Meter) -> None:
         sids = [session.sid for session in manifest.sessions]
 
-        def check(frame: Interval) -> None:
-            place = Place(sids[frame.session], frame.seq, frame.offset)
-            if not self._is_gone(place, frame.clen):
-                try:
-                    reader.read(frame)
-                except DamagedError as exc:
-                    self._findings.add(place, exc)
-            self._findings.count(1, frame.clen)
-            meter.add(frame.clen)
+        def check(batch: list[Interval]) -> None:
+            fetched = reader.fetch(
+                [frame for frame in batch if not self._is_gone(place_of(frame), frame.clen)]
+            )
+            for frame in batch:
+                if self._cancel.is_set():
+                    raise Cancelled
+                if not self._is_gone(place_of(frame), frame.clen):
+                    try:
+                        reader.read(frame, fetched)
+                    except DamagedError as exc:
+                        self._findings.add(place_of(frame), exc)
+                self._findings.count(1, frame.clen)
+                meter.add(frame.clen)
+
+        def place_of(frame: Interval) -> Place:
+            return Place(sids[frame.session], frame.seq, frame.offset)
 
         self._each(self._batches(manifest, reader), check)
 
@@ -255,21 +265,20 @@ class _Verify:
             except DamagedError as exc:
                 self._findings.add_pack(exc)
 
-        self._each(iter([[pack] for pack in packs]), check)
+        self._each(iter(packs), check)
 
-    def _each(self, batches: Iterator[list[_T]], check: Callable[[_T], None]) -> None:
+    def _each(self, work_list: Iterator[_T], check: Callable[[_T], None]) -> None:
         lock = threading.Lock()
 
         def work() -> None:
             while True:
                 with lock:
-                    batch = next(batches, None)
-                if batch is None:
+                    one = next(work_list, None)
+                if one is None:
                     return
-                for one in batch:
-                    if self._cancel.is_set():
-                        raise Cancelled
-                    check(one)
+                if self._cancel.is_set():
+                    raise Cancelled
+                check(one)
 
         run_all([work] * worker_count(), self._cancel)
 
@@ -284,8 +293,9 @@ class _Verify:
 
     def _batches(self, manifest: Manifest, reader: DiskReader) -> Iterator[list[Interval]]:
         """Frames that nobody verified yet, whole."""
+        limit = min(RANGE_MAX, _MEMORY // worker_count())
         batch: list[Interval] = []
-        grains = 0
+        size = 0
         for index, ref in enumerate(manifest.segments):
             if self._cancel.is_set():
                 raise Cancelled
@@ -300,11 +310,11 @@ class _Verify:
             if segment is None:
                 continue
             for frame in self._fresh(manifest, segment):
-                batch.append(frame)
-                grains += frame.flen
-                if grains >= _BATCH_GRAINS or len(batch) >= _BATCH_FRAMES:
+                if batch and (size + frame.clen > limit or len(batch) >= _BATCH_FRAMES):
                     yield batch
-                    batch, grains = [], 0
+                    batch, size = [], 0
+                batch.append(frame)
+                size += frame.clen + HEADER_SIZE
         if batch:
             yield batch
 

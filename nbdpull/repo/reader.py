@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
@@ -33,6 +33,7 @@ from nbdpull.model.frame import (
     PackHeader,
     decode_footer,
     open_frame,
+    open_frame_into,
 )
 from nbdpull.model.grain import GRAIN, segment_grains
 from nbdpull.model.ids import SessionId
@@ -41,6 +42,7 @@ from nbdpull.model.manifest import Manifest, SessionRef
 from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.damage import DamageRecords
+from nbdpull.repo.ranges import Fetched, fetch
 from nbdpull.repo.store import KeyMissingError, Store
 from nbdpull.repo.vault import Vault
 
@@ -199,7 +201,15 @@ class DiskReader:
         with _damage(f"frame at {key}:{offset}", key, offset):
             return directory.find(offset)
 
-    def _frame(self, session: int, seq: int, offset: int, clen: int, kind: FrameKind) -> bytes:
+    def _frame(
+        self,
+        session: int,
+        seq: int,
+        offset: int,
+        clen: int,
+        kind: FrameKind,
+        fetched: Fetched | None = None,
+    ) -> bytes:
         """The verified bytes of a frame.
 
         Raises:
@@ -212,7 +222,7 @@ class DiskReader:
             with _damage(f"frame at {key}:{offset}", key, offset):
                 if expected.kind is not kind or expected.clen != clen:
                     raise FormatError("the map does not fit the session's index")
-                stored = self._store.get_range(key, offset, HEADER_SIZE + clen)
+                stored = self._stored(session, seq, offset, clen, fetched)
                 return open_frame(stored, expected, self._unpacker(), keys)
         except DamagedError:
             place = Place(self.manifest.sessions[session].sid, seq, offset)
@@ -221,6 +231,15 @@ class DiskReader:
                 raise
             self.healed.add(place)
             return copy
+
+    def _stored(
+        self, session: int, seq: int, offset: int, clen: int, fetched: Fetched | None
+    ) -> bytes | memoryview:
+        length = HEADER_SIZE + clen
+        found = None if fetched is None else fetched.find(session, seq, offset, length)
+        if found is not None:
+            return found
+        return self._store.get_range(self.key(session, seq), offset, length)
 
     def _copy(self, place: Place, expected: FrameHeader) -> bytes | None:
         """The bytes of a damaged frame from where a later session stored them, with the same digest."""
@@ -283,25 +302,71 @@ class DiskReader:
                 raise FormatError("it refers to other packs than the manifest says")
         return segment
 
-    def read(self, interval: Interval) -> bytes:
+    def fetch(self, intervals: Sequence[Interval]) -> Fetched:
+        """The stored frames of `intervals`, read with few requests, for `read` and `read_into`.
+
+        Memory holds all of them, as they are stored. Nothing of it is verified yet.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        keys = {(one.session, one.seq): self.key(one.session, one.seq) for one in intervals}
+        return fetch(self._store, intervals, keys)
+
+    def read(self, interval: Interval, fetched: Fetched | None = None) -> bytes:
         """The bytes of an interval's grains; fewer where the disk ends in its last grain.
+
+        Args:
+            interval: of this disk's map.
+            fetched: where to look for the stored frame first.
 
         Raises:
             DamagedError: they are not what was written.
         """
         key = self.key(interval.session, interval.seq)
         raw = self._frame(
-            interval.session, interval.seq, interval.offset, interval.clen, FrameKind.DATA
+            interval.session, interval.seq, interval.offset, interval.clen, FrameKind.DATA, fetched
         )
         with _damage(f"frame at {key}:{interval.offset}", key, interval.offset):
-            # Only the disk's last grain may be short.
-            if -(-len(raw) // GRAIN) != interval.flen or (
-                len(raw) % GRAIN not in {0, self.manifest.summary.size % GRAIN}
-            ):
-                raise FormatError(f"it has {len(raw)} bytes, its map says {interval.flen} grains")
+            self._check_length(interval, len(raw))
         if interval.n == interval.flen:
             return raw
         return raw[interval.skip * GRAIN : (interval.skip + interval.n) * GRAIN]
+
+    def read_into(self, interval: Interval, fetched: Fetched, out: memoryview) -> int:
+        """The same into `out`, which is undefined when it raises; how many bytes they are.
+
+        Args:
+            interval: of this disk's map.
+            fetched: where to look for the stored frame first.
+            out: room for the interval's grains; it may be larger.
+
+        Raises:
+            DamagedError: they are not what was written.
+        """
+        session, seq, offset = interval.session, interval.seq, interval.offset
+        stored = fetched.find(session, seq, offset, HEADER_SIZE + interval.clen)
+        if stored is not None and interval.n == interval.flen:
+            key = self.key(session, seq)
+            with suppress(DamagedError), _damage(f"frame at {key}:{offset}", key, offset):
+                directory = self.directory(session, seq)
+                expected = directory.find(offset)
+                if expected.kind is FrameKind.DATA and expected.clen == interval.clen:
+                    self._check_length(interval, expected.rlen)
+                    part = out[: expected.rlen]
+                    open_frame_into(stored, expected, self._unpacker(), directory.keys, part)
+                    return expected.rlen
+        # Part of a frame, or something is wrong with it: the longer way tells what, or finds a copy.
+        raw = self.read(interval, fetched)
+        out[: len(raw)] = raw
+        return len(raw)
+
+    def _check_length(self, interval: Interval, length: int) -> None:
+        # Only the disk's last grain may be short.
+        if -(-length // GRAIN) != interval.flen or (
+            length % GRAIN not in {0, self.manifest.summary.size % GRAIN}
+        ):
+            raise FormatError(f"it has {length} bytes, its map says {interval.flen} grains")
 
     # -- checking ----------------------------------------------------------------------------------
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from nbdpull.errors import TargetError, UsageError
 from nbdpull.target.base import Buffer, runs
-from nbdpull.target.flusher import Flusher
+from nbdpull.target.filewriter import FileWriter, pwrite_all
 from nbdpull.target.partfile import failed
-from nbdpull.target.rawfile import pwrite_all
 
 __all__ = ["BlockDevice"]
 
@@ -77,7 +76,7 @@ class BlockDevice:
         try:
             device_size = os.lseek(self._fd, 0, os.SEEK_END)
             raw = fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4))
-            self._flusher = Flusher(self._fd)
+            self._writer = FileWriter(self._fd)
         except OSError as exc:
             os.close(self._fd)
             raise failed("ask the size of", path, exc) from exc
@@ -97,19 +96,16 @@ class BlockDevice:
 
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
-        view = memoryview(data)
-        written = 0
+        data_runs: list[tuple[int, int]] = []
         try:
-            for start, end, zero in runs(view, _BLOCK):
+            for start, end, zero in runs(data, _BLOCK):
                 if zero:
                     self.zero(offset + start, end - start)
                 else:
-                    pwrite_all(self._fd, view[start:end], offset + start)
-                    written += end - start
+                    data_runs.append((start, end))
+            return self._writer.write(data, offset, data_runs)
         except OSError as exc:
             raise failed("write to", self.name, exc) from exc
-        self._flusher.wrote(written)
-        return written
 
     def zero(self, offset: int, length: int) -> None:
         """See `Target.zero`."""
@@ -155,11 +151,11 @@ class BlockDevice:
             step = min(len(_BLANK), end - offset)
             pwrite_all(self._fd, _BLANK[:step], offset)
             offset += step
-        self._flusher.wrote(length)
+        self._writer.wrote(length)
 
     def finish(self) -> None:
         """See `Target.finish`."""
-        self._flusher.stop()
+        self._writer.stop()
         fd, self._fd = self._fd, -1
         try:
             os.fsync(fd)
@@ -172,7 +168,7 @@ class BlockDevice:
 
     def abort(self) -> None:
         """Let go of it; what was written stays."""
-        self._flusher.stop()
+        self._writer.stop()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,4 +1,4 @@
-"""A raw disk file: sparse, one `pwrite` a run of data."""
+"""A raw disk file: sparse, one write a run of data."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import os
 from pathlib import Path
 
 from nbdpull.target.base import Buffer, runs
-from nbdpull.target.flusher import Flusher
+from nbdpull.target.filewriter import FileWriter
 from nbdpull.target.partfile import PartFile, failed
 
-__all__ = ["RawFile", "pwrite_all"]
+__all__ = ["RawFile"]
 
 _BLOCK = 4096
 """A hole is at least one file system block; the same as `qemu-img convert` takes."""
-
-
-def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`: one call writes at most 2 GiB, and less on a full disk."""
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data = data[done:]
-        offset += done
 
 
 class RawFile:
@@ -46,31 +38,25 @@ class RawFile:
         except OSError as exc:
             self._part.remove()
             raise failed(f"make a file of {size} bytes at", self.name, exc) from exc
-        self._flusher = Flusher(self._part.fd)
+        self._writer = FileWriter(self._part.fd)
 
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
-        view = memoryview(data)
-        written = 0
+        data_runs = [(start, end) for start, end, zero in runs(data, _BLOCK) if not zero]
         try:
-            for start, end, zero in runs(view, _BLOCK):
-                if not zero:
-                    pwrite_all(self._part.fd, view[start:end], offset + start)
-                    written += end - start
+            return self._writer.write(data, offset, data_runs)
         except OSError as exc:
             raise failed("write to", self.name, exc) from exc
-        self._flusher.wrote(written)
-        return written
 
     def zero(self, offset: int, length: int) -> None:
         """Nothing to do: a range that was never written is a hole."""
 
     def finish(self) -> None:
         """See `Target.finish`."""
-        self._flusher.stop()
+        self._writer.stop()
         self._part.publish()
 
     def abort(self) -> None:
         """See `Target.abort`."""
-        self._flusher.stop()
+        self._writer.stop()
         self._part.remove()

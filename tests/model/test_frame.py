@@ -20,6 +20,7 @@ from nbdpull.model.frame import (
     decode_footer,
     encode_footer,
     open_frame,
+    open_frame_into,
 )
 from tests.model.samples import damaged
 
@@ -59,11 +60,36 @@ def test_no_damaged_frame_gives_wrong_bytes(raw: bytes) -> None:
     assert cases > 2 * len(stored)
 
 
+@pytest.mark.parametrize("raw", [TEXT, NOISE, b"x"])
+def test_a_frame_comes_back_into_a_buffer(raw: bytes) -> None:
+    header, stored = frame(raw)
+    out = memoryview(bytearray(len(raw)))
+    open_frame_into(memoryview(stored), header, UNPACKER, None, out)
+    assert out == raw
+
+
+@pytest.mark.parametrize("raw", [TEXT, NOISE])
+def test_no_damaged_frame_leaves_wrong_bytes_in_a_buffer_and_says_it_is_sound(raw: bytes) -> None:
+    header, stored = frame(raw)
+    cases = 0
+    for bad in damaged(stored):
+        out = memoryview(bytearray(len(raw)))
+        try:
+            open_frame_into(bad, header, UNPACKER, None, out)
+        except FormatError:
+            cases += 1
+        else:
+            assert out == raw
+    assert cases > 2 * len(stored)
+
+
 def test_a_sound_frame_that_is_not_the_expected_one_is_refused() -> None:
     header, _ = frame(TEXT)
     _, other = frame(TEXT, number=1)
     with pytest.raises(FormatError, match="header"):
         open_frame(other, header, UNPACKER)
+    with pytest.raises(FormatError, match="header"):
+        open_frame_into(other, header, UNPACKER, None, memoryview(bytearray(len(TEXT))))
 
 
 def test_a_forged_digest_is_found_although_the_header_fits() -> None:
@@ -78,6 +104,9 @@ def test_a_payload_that_unpacks_to_more_than_its_header_says_is_not_unpacked() -
     header = FrameHeader(len(bomb), 1 << 20, Codec.ZSTD, FrameKind.DATA, 0, bytes(32))
     with pytest.raises(FormatError, match="claims to unpack to 67108864"):
         open_frame(header.encode() + bomb, header, UNPACKER)
+    out = memoryview(bytearray(1 << 20))
+    with pytest.raises(FormatError, match="claims to unpack to 67108864"):
+        open_frame_into(header.encode() + bomb, header, UNPACKER, None, out)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 24))
     header = replace(header, clen=len(unsized))
     with pytest.raises(FormatError, match="claims"):

@@ -21,9 +21,11 @@ from nbdpull.errors import (
     TargetError,
     UsageError,
 )
+from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.grain import GRAIN, SEGMENT
 from nbdpull.model.results import Progress, ProgressKind, RestoreResult
 from nbdpull.ops.restore import RestoreOptions, restore
+from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
 from tests.ops.builder import Disk, add_backup
 from tests.target.helpers import MIB, allocated, disk_bytes, names, same
@@ -200,6 +202,33 @@ def test_format_is_for_folders_only(repository: Repository, backup: str) -> None
         run(repository, backup, "-", disk="virtio0", format="qcow2")
 
 
+def test_frames_side_by_side_are_read_together_and_partly_used_ones_too(
+    repository: Repository, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(1).randbytes(24 * MIB)
+    first = {"d": Disk.of(noise)}
+    before = add_backup(repository, first)
+    # A hole inside a frame: its rest is two parts of one frame.
+    grains = dict(first["d"].grains)
+    grains[100] = b"x" * GRAIN
+    second = {"d": Disk(24 * MIB, grains)}
+    after = add_backup(repository, second, before=first, parents=before, time=2000.0)
+    lengths: list[int] = []
+    get_range = LocalStore.get_range
+
+    def noted(self: LocalStore, key: str, start: int, length: int) -> bytes:
+        if key.startswith("d/"):
+            lengths.append(length)
+        return get_range(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get_range", noted)
+    run(repository, after["d"].summary.backup, out)
+    assert (out / "d.raw").read_bytes() == second["d"].content()
+    # 4 MiB each, with headers; the grain in between lies in another pack, and the maps are read too.
+    assert len(lengths) <= 24 / 4 + 3
+    assert max(lengths) == 4 * (MIB + HEADER_SIZE)
+
+
 def test_flipped_byte_names_disk_range_and_object_and_leaves_no_file(
     repository: Repository, out: Path
 ) -> None:
@@ -290,15 +319,15 @@ def test_cancelled_restore_leaves_no_file_no_thread_no_process(
     )
     from nbdpull.repo.repository import DiskReader  # noqa: PLC0415 - patched here
 
-    read = DiskReader.read
+    read_into = DiskReader.read_into
     begun = threading.Event()
 
-    def slow(self: DiskReader, *args: object) -> bytes:
+    def slow(self: DiskReader, *args: object) -> int:
         begun.set()
         time.sleep(0.05)
-        return read(self, *args)  # type: ignore[arg-type]
+        return read_into(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(DiskReader, "read", slow)
+    monkeypatch.setattr(DiskReader, "read_into", slow)
 
     async def cancel_soon() -> None:
         task = asyncio.create_task(restore(options))

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from nbdpull.errors import BackupNotFoundError, StoreError
+from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.results import Progress, ProgressKind, VerifyLevel, VerifyResult
 from nbdpull.model.segment import Interval
 from nbdpull.ops.verify import VerifyOptions, verify
 from nbdpull.repo import session as session_module
 from nbdpull.repo.local import LocalStore
+from nbdpull.repo.ranges import Fetched
 from nbdpull.repo.repository import DiskReader, Repository
 from tests.ops.builder import VM, Disk, add_backup
 from tests.ops.test_restore import flip, packs
@@ -76,14 +78,34 @@ def test_each_frame_is_read_once_however_many_backups_share_it(
     seen: Counter[tuple[str, int, int]] = Counter()
     read = DiskReader.read
 
-    def counted(self: DiskReader, interval: Interval) -> bytes:
+    def counted(self: DiskReader, interval: Interval, fetched: Fetched | None = None) -> bytes:
         seen[self.manifest.sessions[interval.session].sid, interval.seq, interval.offset] += 1
-        return read(self, interval)
+        return read(self, interval, fetched)
 
     monkeypatch.setattr(DiskReader, "read", counted)
     assert run(repository).ok
     assert len(seen) >= 9
     assert set(seen.values()) == {1}
+
+
+def test_frames_side_by_side_are_read_together(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_backup(repository, {"d": random_disk(24 * MIB)})
+    lengths: list[int] = []
+    get_range = LocalStore.get_range
+
+    def noted(self: LocalStore, key: str, start: int, length: int) -> bytes:
+        if key.startswith("d/"):
+            lengths.append(length)
+        return get_range(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get_range", noted)
+    assert run(repository).ok
+    data = [length for length in lengths if length > MIB // 2]
+    # 24 frames of 1 MiB in one pack, four of which fit one request.
+    assert len(data) == 6
+    assert sum(data) == 24 * (MIB + HEADER_SIZE)
 
 
 def test_flipped_byte_is_told_with_every_backup_and_range_that_needs_it(
@@ -295,9 +317,9 @@ def test_a_sample_is_about_its_share_and_the_same_for_the_same_seed(
     seen: list[set[int]] = []
     read = DiskReader.read
 
-    def noted(self: DiskReader, interval: Interval) -> bytes:
+    def noted(self: DiskReader, interval: Interval, fetched: Fetched | None = None) -> bytes:
         seen[-1].add(interval.offset)
-        return read(self, interval)
+        return read(self, interval, fetched)
 
     monkeypatch.setattr(DiskReader, "read", noted)
     for seed in (7, 7, 8):
