@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from scripts.benchlib.rows import Results
 from scripts.benchlib.setting import Lock, Setting, say
 from scripts.benchlib.sparse import scale, status
 from scripts.benchlib.start import start
+from scripts.benchlib.stores import stores
 from scripts.benchlib.testdisk import build
 
 _PACKAGES = (
@@ -36,6 +38,7 @@ _GROUPS = {
     "full": full,
     "incremental": incremental,
     "restore": restore,
+    "s3": stores,
     "scale": scale,
     "guest": guest,
 }
@@ -91,6 +94,8 @@ def _options() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, and write down."""
+    # So that the VM, libvirtd and the folders go when it is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = _options()
     wanted = [name for name in options.only.split(",") if name] or list(
         _QUICK if options.quick else _GROUPS

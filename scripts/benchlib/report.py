@@ -8,22 +8,12 @@ import subprocess
 from pathlib import Path
 
 from nbdpull.version import __version__
-from scripts.benchlib.rows import Bound, Pair, Results, Side
+from scripts.benchlib.rows import Pair, Results, Side
 
 __all__ = ["machine", "page", "targets"]
 
 _BEGIN = "<!-- written by scripts/bench: begin -->"
 _END = "<!-- written by scripts/bench: end -->"
-_NOT_MEASURED = (
-    Bound(
-        key="s3",
-        what="full to S3 (SeaweedFS on this machine) against a local folder",
-        limit=0.6,
-        shown_limit="0.6 at least",
-        least=True,
-        note="the bench has no row for object stores yet",
-    ),
-)
 
 
 def _said(*argv: str) -> str:
@@ -79,12 +69,6 @@ def targets(results: Results) -> str:
             f"| {bound.what} | {bound.shown_limit} | {bound.shown} | {_verdict(bound.met)} |"
             for bound in bounds
         ]
-    there = {bound.key for bounds in results.bounds.values() for bound in bounds}
-    lines += [
-        f"| {bound.what} | {bound.shown_limit} | not measured: {bound.note} | - |"
-        for bound in _NOT_MEASURED
-        if bound.key not in there
-    ]
     return "\n".join(lines)
 
 
