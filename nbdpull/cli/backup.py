@@ -183,7 +183,8 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
 
-    SOURCE of a running VM is its QMP monitor: qmp:/path/to/socket or qmp+tcp://host:port. The monitor
+    SOURCE of a running VM is its QMP monitor: qmp:/path/to/socket or qmp+tcp://host:port, or
+    on another host qmp+ssh://[user@]host[:port]/path/to/socket. The monitor
     serves one client at a time, so give QEMU one for nbdpull alone:
 
       -qmp unix:/path/to/socket,server=on,wait=off

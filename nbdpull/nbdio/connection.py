@@ -36,8 +36,10 @@ __all__ = [
     "ReplyError",
     "check_uri",
     "is_unix",
+    "socket_of",
     "unix_uri",
     "with_export",
+    "with_socket",
 ]
 
 MAX_REQUEST = 64 * 1024
@@ -106,6 +108,21 @@ def with_export(uri: str, export: str) -> str:
 def is_unix(uri: str) -> bool:
     """Whether an NBD URI names a unix socket."""
     return urlsplit(uri).scheme in {"nbd+unix", "nbds+unix"}
+
+
+def socket_of(uri: str) -> str:
+    """The path in an NBD URI that names a unix socket."""
+    return parse_qs(urlsplit(uri).query)["socket"][0]
+
+
+def with_socket(uri: str, path: str) -> str:
+    """The same export, and all else, behind another unix socket."""
+    parts = urlsplit(uri)
+    query = parse_qs(parts.query) | {"socket": [path]}
+    text = "&".join(
+        f"{name}={quote(value, safe='/')}" for name, values in query.items() for value in values
+    )
+    return f"{parts.scheme}://{parts.netloc}{parts.path}?{text}"
 
 
 def check_uri(uri: str) -> None:

@@ -17,29 +17,61 @@ __all__ = [
     "ImageAddress",
     "MonitorAddress",
     "SourceAddress",
+    "SshHost",
     "parse_bitmaps",
     "parse_source",
 ]
 
-_FORMS: Final = "qmp:/path/to/socket, qmp+tcp://host:port, disk:/path/to/image or nbd://host/export"
+_FORMS: Final = "qmp:/path/to/socket, qmp+ssh://host/path/to/socket, qmp+tcp://host:port, disk:/path/to/image or nbd://host/export"
 _FORMATS: Final = frozenset({"qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"})
 # disk:[NAME=]PATH; a name has no slash, so that a path with '=' in it can always be written.
 _EXPORT: Final = re.compile(r"(?:([^/=:]*)=)?(nbds?(?:\+unix)?://.*)", re.DOTALL)
 # [NAME=]CONTEXT, where a bitmap's name may hold anything.
 _BITMAP: Final = re.compile(r"(?:([^:=]*)=)?(qemu:dirty-bitmap:.+)", re.DOTALL)
+# What would be an option of ssh is no user or host.
+_SSH: Final = re.compile(
+    r"qmp\+ssh://(?:([^-@:/\s][^@:/\s]*)@)?([A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+(?:%\w+)?\])"
+    r"(?::([0-9]{1,5}))?(/[^?#\n]+)"
+)
 _DISK: Final = re.compile(r"disk(?:\+([a-z0-9]+))?:(?:([^/=]*)=)?(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SshHost:
+    """A host as `ssh` is told it.
+
+    Attributes:
+        destination: ``host`` or ``user@host``, also a name of ~/.ssh/config.
+        port: None is what that says, else 22.
+    """
+
+    destination: str
+    port: int | None = None
+
+    def __str__(self) -> str:
+        """Host and port for a reader."""
+        return self.destination if self.port is None else f"{self.destination} port {self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class MonitorAddress:
-    """A QMP monitor: a unix socket's path, or a host and port."""
+    """A QMP monitor: a unix socket's path, here or on another host, or a host and port."""
 
     path: str | None = None
     host: str | None = None
     port: int = 0
+    ssh: SshHost | None = None
+
+    @property
+    def there(self) -> str:
+        """What it is on the host that QEMU runs on."""
+        return f"qmp:{self.path}" if self.path else str(self)
 
     def __str__(self) -> str:
         """The URI it was parsed from."""
+        if self.ssh is not None:
+            port = "" if self.ssh.port is None else f":{self.ssh.port}"
+            return f"qmp+ssh://{self.ssh.destination}{port}{self.path}"
         return f"qmp:{self.path}" if self.path else f"qmp+tcp://{self.host}:{self.port}"
 
 
@@ -174,11 +206,13 @@ def _monitor(source: str) -> MonitorAddress:
         raise UsageError(f"source '{source}' is not a URI ({exc}); expected {_FORMS}") from exc
     if parts.scheme == "qmp" and parts.path and not parts.netloc:
         return MonitorAddress(path=unquote(parts.path))
+    if parts.scheme == "qmp+ssh":
+        return _over_ssh(source)
     if parts.scheme == "qmp+tcp" and parts.hostname and port and parts.path in {"", "/"}:
         if not _is_loopback(parts.hostname):
             raise UsageError(
                 f"source '{source}' is on another machine; nbdpull must run where QEMU runs,"
-                " because scratch images and the NBD socket are made there"
+                " because scratch images and the NBD socket are made there; or use qmp+ssh://host/path/to/socket"
             )
         return MonitorAddress(host=parts.hostname, port=port)
     if not parts.scheme and source.startswith(("/", ".")):
@@ -187,6 +221,25 @@ def _monitor(source: str) -> MonitorAddress:
             f" 'disk:{source}' for a disk image"
         )
     raise UsageError(f"source '{source}' is not understood; expected {_FORMS}")
+
+
+def _over_ssh(source: str) -> MonitorAddress:
+    found = _SSH.fullmatch(source)
+    if found is None:
+        # Not repeated: it may hold a password.
+        raise UsageError(
+            "a source over ssh is not understood; expected qmp+ssh://[user@]host[:port]/path/to/socket,"
+            " without a password: ssh finds keys by itself"
+        )
+    user, host, port, path = found.groups()
+    host = host.removeprefix("[").removesuffix("]")
+    return MonitorAddress(
+        path=unquote(path),
+        ssh=SshHost(
+            destination=host if user is None else f"{unquote(user)}@{host}",
+            port=None if port is None else int(port),
+        ),
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ only QEMU itself can tell whether it can (users, containers, AppArmor and SELinu
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
 
@@ -16,8 +17,9 @@ from nbdpull.source.disks import IOTHREADS_SAFE, QemuDisk, find_disks
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.leftovers import sweep_dry
 from nbdpull.source.names import RunNames, checkpoint_parts, run_of
+from nbdpull.source.place import HERE, Place
 from nbdpull.source.qmp import Monitor
-from nbdpull.source.rundir import RunDir
+from nbdpull.source.whole import whole
 
 __all__ = ["examine"]
 
@@ -38,7 +40,7 @@ def _problem(subject: str, text: str) -> Finding:
     return Finding(kind=FindingKind.PROBLEM, subject=subject, text=text)
 
 
-async def examine(monitor: Monitor, options: QemuOptions) -> list[Finding]:
+async def examine(monitor: Monitor, options: QemuOptions, place: Place = HERE) -> list[Finding]:
     """Look at everything that a backup with these options would rest on."""
     disks, skipped = await find_disks(monitor)
     findings = [*_version(monitor), await _guest(monitor)]
@@ -50,8 +52,8 @@ async def examine(monitor: Monitor, options: QemuOptions) -> list[Finding]:
     for disk in disks:
         findings += _disk(disk, monitor, options)
     findings += await _server(monitor, options)
-    findings += _leftovers(await sweep_dry(monitor, scratch=options.scratch))
-    findings += await _scratch(monitor, options, disks)
+    findings += _leftovers(await sweep_dry(monitor, place=place, scratch=options.scratch))
+    findings += await _scratch(monitor, options, disks, place)
     return findings
 
 
@@ -144,24 +146,31 @@ def _leftovers(found: Swept) -> Iterator[Finding]:
 
 
 async def _scratch(
-    monitor: Monitor, options: QemuOptions, disks: Sequence[QemuDisk]
+    monitor: Monitor, options: QemuOptions, disks: Sequence[QemuDisk], place: Place
 ) -> list[Finding]:
     """Make a run's folder and let QEMU open an image in it."""
     run = secrets.token_hex(4)
+    size = max((disk.size for disk in disks), default=1 << 20)
     owner = None
     if monitor.peer_uid is not None and monitor.peer_gid is not None:
         owner = (monitor.peer_uid, monitor.peer_gid)
     try:
-        rundir = RunDir.create(
-            options.scratch, run, source=str(monitor.address), chain="", owner=owner
+        rundir = await whole(
+            place.create,
+            options.scratch,
+            run,
+            source=monitor.address.there,
+            chain="",
+            owner=owner,
+            sizes=[size],
         )
     except Error as exc:
         return [_problem("scratch", str(exc))]
     folder = rundir.path.parent
     try:
-        free = rundir.free_bytes()
+        free, _ = await asyncio.to_thread(rundir.room)
         node = RunNames(run).scratch(0)
-        path = rundir.make_scratch(0, max((disk.size for disk in disks), default=1 << 20))
+        path = await asyncio.to_thread(rundir.make_scratch, 0, size)
         await monitor.execute(
             "blockdev-add", {"driver": "file", "node-name": node, "filename": path}
         )
@@ -177,7 +186,7 @@ async def _scratch(
     except Error as exc:
         return [_problem("scratch", str(exc))]
     finally:
-        rundir.close()
+        await whole(rundir.close)
     total = sum(disk.size for disk in disks)
     if free * _ROOM_SHARE < total:
         return [

@@ -39,13 +39,14 @@ from nbdpull.nbdio.connection import with_export
 from nbdpull.nbdio.tls import Tls, with_tls
 from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
+from nbdpull.source.elsewhere import OverwrittenElsewhere
 from nbdpull.source.loopback import LOOPBACK, start_on_loopback
 from nbdpull.source.names import RunNames
+from nbdpull.source.place import RunFolder
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
-from nbdpull.source.rundir import RunDir
 from nbdpull.source.scratch import Overwritten, ScratchGuard
-from nbdpull.source.whole import finished
+from nbdpull.source.whole import finished, whole
 
 __all__ = ["GUEST_DELAY_S", "QemuOptions", "QemuPlan", "QemuPointInTime", "freeze"]
 
@@ -106,7 +107,7 @@ class QemuPointInTime:
         monitor: Monitor,
         names: RunNames,
         plans: Sequence[QemuPlan],
-        rundir: RunDir,
+        rundir: RunFolder,
         options: QemuOptions,
         on_lost: OnLost,
     ) -> None:
@@ -262,7 +263,7 @@ class QemuPointInTime:
         self._began = loop.time()
         try:
             if running:
-                self._rundir.mark_paused(paused=True)
+                await asyncio.to_thread(self._rundir.mark_paused, paused=True)
                 await self._monitor.execute("stop")
             await self._monitor.execute("transaction", {"actions": self._bitmap_actions()})
             for index, plan in enumerate(self._plans):
@@ -272,8 +273,8 @@ class QemuPointInTime:
             if running:
                 # Whatever happened above, also a cancellation: the guest goes on.
                 await asyncio.shield(self._monitor.execute("cont"))
-                self._rundir.mark_paused(paused=False)
                 self._pause_s = loop.time() - self._began
+                await asyncio.to_thread(self._rundir.mark_paused, paused=False)
 
     async def _insert_filter(self, index: int, plan: QemuPlan) -> None:
         node = self._names.filter(index)
@@ -358,20 +359,34 @@ class QemuPointInTime:
                         " nbd-server-start, or leave --nbd-address out and nbdpull starts its own"
                     ) from exc
                 raise
-            whole = context is None or not self._options.guest_first
-            overwritten = Overwritten(self._scratch[index])
+            all_of_it = context is None or not self._options.guest_first
+            overwritten = await self._look_at_scratch(index, uri_of)
             self._stack.callback(overwritten.close)
             served.append(
                 ServedDisk(
                     disk=plan.disk,
                     uri=uri_of(export),
                     context=context,
-                    whole=whole,
+                    whole=all_of_it,
                     overwritten=overwritten,
                     trims=self._options.trim_scratch,
                 )
             )
         self.disks = tuple(served)
+
+    async def _look_at_scratch(
+        self, index: int, uri_of: Callable[[str], str]
+    ) -> Overwritten | OverwrittenElsewhere:
+        """What tells which blocks are in a scratch image: its file, or where that can't be opened an export."""
+        if self._rundir.here:
+            return Overwritten(self._scratch[index])
+        export = self._names.scratch_export(index)
+        self._push(f"removing export {export}", partial(self._end_export, export))
+        await self._monitor.execute(
+            "block-export-add",
+            {"type": "nbd", "id": export, "node-name": self._names.scratch(index), "name": export},
+        )
+        return OverwrittenElsewhere(uri_of(export))
 
     async def _start_tls_server(self, tls: Tls) -> str:
         """Start QEMU's NBD server on loopback with TLS, and return its address."""
@@ -387,7 +402,7 @@ class QemuPointInTime:
             },
         )
         self._push("removing its TLS files", partial(self._delete_object, creds))
-        self._rundir.mark_server()
+        await asyncio.to_thread(self._rundir.mark_server)
         port = await start_on_loopback(self._monitor, creds)
         self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
         return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
@@ -396,6 +411,10 @@ class QemuPointInTime:
         await self._monitor.execute("object-del", {"id": name})
 
     # -- watching it -------------------------------------------------------------------------------
+
+    def lose(self, reason: PointInTimeLostError) -> None:
+        """Note that it can't be read any more, unless that is known already."""
+        self._lose(reason)
 
     def _lose(self, reason: PointInTimeLostError) -> None:
         if self.lost is None and not self._released:
@@ -406,7 +425,9 @@ class QemuPointInTime:
         """See `PointInTime.why_lost`."""
         if self.lost is None:
             # Guest first, a scratch that is full breaks the view at once, and no event tells of it.
-            full = await asyncio.to_thread(self._guard.check)
+            full = None
+            with contextlib.suppress(SourceError):
+                full = await asyncio.to_thread(self._guard.check)
             if full is not None:
                 self._lose(full)
         return self.lost
@@ -515,7 +536,7 @@ class QemuPointInTime:
     async def _take_down(self) -> None:
         if not self._monitor_lost:
             await self._count_copied()
-        with contextlib.suppress(OSError):  # only its peak is wanted
+        with contextlib.suppress(OSError, SourceError):  # only its peak is wanted
             await asyncio.to_thread(self._guard.check)
         await self._stack.aclose()
         if not self._monitor_lost and self._resumed is not None:
@@ -586,7 +607,7 @@ async def freeze(
     monitor: Monitor,
     names: RunNames,
     plans: Sequence[QemuPlan],
-    rundir: RunDir,
+    rundir: RunFolder,
     *,
     options: QemuOptions,
     uri_of: Callable[[str], str],
@@ -611,7 +632,8 @@ async def freeze(
     Raises:
         CommandError, SourceError: QEMU refused a step.
     """
-    frozen = QemuPointInTime(monitor, names, plans, rundir, options, on_lost)
+    # In a thread, because it looks at the room there is.
+    frozen = await whole(QemuPointInTime, monitor, names, plans, rundir, options, on_lost)
     unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
     watcher = None
     try:

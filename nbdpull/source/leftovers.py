@@ -20,8 +20,9 @@ from nbdpull.errors import CommandError
 from nbdpull.source.base import Committed, LiveRun, Swept
 from nbdpull.source.lifeline import Life, can_tell, lives
 from nbdpull.source.names import RunNames, checkpoint_parts, run_of
+from nbdpull.source.place import HERE, Place
 from nbdpull.source.qmp import Monitor
-from nbdpull.source.rundir import FoundRun, find_run, find_runs
+from nbdpull.source.rundir import FoundRun
 
 __all__ = ["sweep", "sweep_dry"]
 
@@ -90,6 +91,7 @@ class _Found:
 async def sweep(
     monitor: Monitor,
     *,
+    place: Place = HERE,
     scratch: str | None = None,
     force: bool = False,
     committed: Committed = lambda _chain, _backup: False,
@@ -98,6 +100,7 @@ async def sweep(
 
     Args:
         monitor: of the QEMU to clean.
+        place: the host that it runs on.
         scratch: where runs keep their folders when QEMU does not tell; None for the default place.
         force: take away runs that still live, too.
         committed: whether a checkpoint, by its chain's and its backup's id, belongs to a backup that is
@@ -108,7 +111,7 @@ async def sweep(
     """
     swept = Swept()
     found = await _Found.read(monitor)
-    async for run, folder in _runs(monitor, found, scratch):
+    async for run, folder in _runs(monitor, found, place, scratch):
         live = _live(monitor, found, run, folder)
         if live is not None and not force:
             swept.live.append(live)
@@ -121,11 +124,11 @@ async def sweep(
     return swept
 
 
-async def sweep_dry(monitor: Monitor, *, scratch: str | None = None) -> Swept:
+async def sweep_dry(monitor: Monitor, *, place: Place = HERE, scratch: str | None = None) -> Swept:
     """What `sweep` would find: the dead runs by name in `removed`, and the live ones."""
     swept = Swept()
     found = await _Found.read(monitor)
-    async for run, folder in _runs(monitor, found, scratch):
+    async for run, folder in _runs(monitor, found, place, scratch):
         live = _live(monitor, found, run, folder)
         if live is not None:
             swept.live.append(live)
@@ -150,18 +153,19 @@ def _live(monitor: Monitor, found: _Found, run: str, folder: FoundRun | None) ->
 
 
 async def _runs(
-    monitor: Monitor, found: _Found, scratch: str | None
+    monitor: Monitor, found: _Found, place: Place, scratch: str | None
 ) -> AsyncIterator[tuple[str, FoundRun | None]]:
     """All runs that left something in this QEMU, or a folder that names it."""
     folders = {
         run.path.name.removeprefix("nbdpull-"): run
-        for run in await asyncio.to_thread(lambda: list(find_runs(scratch)))
+        for run in await asyncio.to_thread(lambda: list(place.find_all(scratch)))
     }
     # A run may have come by another monitor of the same QEMU: then its things here tell.
-    here = {name for name, run in folders.items() if run.source == str(monitor.address)}
+    here = {name for name, run in folders.items() if run.source == monitor.address.there}
     for run in sorted(found.runs() | here):
         told = found.folder(run)
-        yield run, (find_run(told) if told else None) or folders.get(run)
+        seen = await asyncio.to_thread(place.find, told) if told else None
+        yield run, seen or folders.get(run)
 
 
 async def _try(monitor: Monitor, command: str, arguments: Mapping[str, object]) -> str | None:

@@ -97,6 +97,10 @@ class RunNames:
         """The backup job that owns the filter."""
         return f"np-{self.run}-bk{index}"
 
+    def scratch_export(self, index: int) -> str:
+        """The export that tells what lies in the scratch image."""
+        return f"np-{self.run}-se{index}"
+
     @property
     def tls(self) -> str:
         """The object that holds the NBD server's certificates or keys."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
-from nbdpull.errors import UsageError
+from nbdpull.errors import MonitorError, UsageError
 from nbdpull.nbdio.connection import check_uri
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.address import (
@@ -18,11 +19,13 @@ from nbdpull.source.address import (
     parse_source,
 )
 from nbdpull.source.base import Known, Source
+from nbdpull.source.elsewhere import Elsewhere, look_at_socket
 from nbdpull.source.exports import ExportSource
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.offline import OfflineSource
 from nbdpull.source.qemu import QemuSource
 from nbdpull.source.qmp import open_monitor
+from nbdpull.source.ssh import open_link
 
 __all__ = ["check_source", "open_source"]
 
@@ -57,7 +60,9 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
                 raise UsageError(
                     f"{option} is about a running QEMU, and the source is '{sources[0]}'; leave it out"
                 )
-    elif qemu.nbd_address is not None:
+    else:
+        _check_monitor(address, qemu)
+    if isinstance(address, MonitorAddress) and qemu.nbd_address is not None:
         check_uri(qemu.nbd_address)
         if qemu.tls is not None:
             with_tls(qemu.nbd_address, qemu.tls)
@@ -80,6 +85,53 @@ def _check_trim(qemu: QemuOptions) -> None:
         )
 
 
+def _check_monitor(address: MonitorAddress, qemu: QemuOptions) -> None:
+    if address.ssh is None:
+        return
+    if qemu.quiesce:
+        raise UsageError(
+            "--quiesce does not work over ssh: a connection that is lost would leave the guest frozen;"
+            " run nbdpull on the host that QEMU runs on for that"
+        )
+    if qemu.tls is not None and qemu.nbd_address is None:
+        raise UsageError(
+            "--tls is about NBD over TCP, and over ssh everything is encrypted already"
+        )
+    if qemu.scratch is not None and not qemu.scratch.startswith("/"):
+        raise UsageError(
+            f"scratch folder '{qemu.scratch}' is on the host that QEMU runs on: expected an absolute path"
+        )
+
+
+@asynccontextmanager
+async def _open_qemu(address: MonitorAddress, qemu: QemuOptions) -> AsyncIterator[Source]:
+    async with AsyncExitStack() as stack:
+        if address.ssh is None or address.path is None:
+            monitor = await stack.enter_async_context(open_monitor(address))
+            source = QemuSource(monitor, qemu)
+        else:
+            link = await stack.enter_async_context(open_link(address.ssh))
+            owner = await asyncio.to_thread(look_at_socket, link, address.path)
+            reached_at = await link.forward(address.path)
+            try:
+                monitor = await stack.enter_async_context(
+                    open_monitor(address, reached_at=reached_at, owner=owner)
+                )
+            except MonitorError as exc:
+                said = link.last_line()
+                hint = (
+                    "; is QEMU running, and does the server allow it (AllowStreamLocalForwarding)?"
+                    if "open failed" in said
+                    else ""
+                )
+                raise MonitorError(f"{exc}{f'; ssh said: {said}' if said else ''}{hint}") from exc
+            source = QemuSource(monitor, qemu, Elsewhere(link))
+        try:
+            yield source
+        finally:
+            await source.close()
+
+
 @asynccontextmanager
 async def open_source(
     sources: Sequence[str], qemu: QemuOptions, *, known: Known = lambda _names: ()
@@ -97,12 +149,8 @@ async def open_source(
     """
     address = check_source(sources, qemu)
     if isinstance(address, MonitorAddress):
-        async with open_monitor(address) as monitor:
-            source = QemuSource(monitor, qemu)
-            try:
-                yield source
-            finally:
-                await source.close()
+        async with _open_qemu(address, qemu) as source:
+            yield source
         return
     exports = [one for one in address if isinstance(one, ExportAddress)]
     if exports:

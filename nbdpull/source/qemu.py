@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from nbdpull.errors import PointInTimeLostError
 from nbdpull.model.results import Finding
-from nbdpull.nbdio.connection import unix_uri, with_export
+from nbdpull.nbdio.connection import is_unix, socket_of, unix_uri, with_export, with_socket
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (
     Committed,
@@ -20,12 +21,12 @@ from nbdpull.source.base import (
 )
 from nbdpull.source.checkup import examine
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
-from nbdpull.source.fleecing import QemuOptions, QemuPlan, freeze
+from nbdpull.source.fleecing import QemuOptions, QemuPlan, QemuPointInTime, freeze
 from nbdpull.source.leftovers import sweep
 from nbdpull.source.lifeline import Lifeline
 from nbdpull.source.names import RunNames
+from nbdpull.source.place import HERE, Place, RunFolder
 from nbdpull.source.qmp import Monitor
-from nbdpull.source.rundir import RunDir
 from nbdpull.source.whole import finished, whole
 
 __all__ = ["QemuSource", "vm_name"]
@@ -56,11 +57,19 @@ async def vm_name(monitor: Monitor) -> tuple[str, str | None]:
 class QemuSource:
     """See `Source`. Its disks are `QemuDisk`."""
 
-    def __init__(self, monitor: Monitor, options: QemuOptions) -> None:
+    def __init__(self, monitor: Monitor, options: QemuOptions, place: Place = HERE) -> None:
+        """Read a QEMU.
+
+        Args:
+            monitor: its monitor.
+            options: how.
+            place: the host that it runs on.
+        """
         self._monitor = monitor
+        self._place = place
         self._options = options
         self._disks: dict[str, QemuDisk] = {}
-        self._rundirs: list[RunDir] = []
+        self._rundirs: list[RunFolder] = []
         self._lifelines: list[Lifeline] = []
 
     async def vm_name(self) -> tuple[str, str | None]:
@@ -70,7 +79,11 @@ class QemuSource:
     async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
         """See `Source.sweep`."""
         return await sweep(
-            self._monitor, scratch=self._options.scratch, committed=committed, force=force
+            self._monitor,
+            place=self._place,
+            scratch=self._options.scratch,
+            committed=committed,
+            force=force,
         )
 
     async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[QemuDisk]:
@@ -84,7 +97,7 @@ class QemuSource:
 
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
-        return await examine(self._monitor, self._options)
+        return await examine(self._monitor, self._options, self._place)
 
     @asynccontextmanager
     async def freeze(
@@ -95,19 +108,28 @@ class QemuSource:
         owner = None
         if monitor.peer_uid is not None and monitor.peer_gid is not None:
             owner = (monitor.peer_uid, monitor.peer_gid)
-        # Not in a thread: what a cancelled call had made there, nobody would remove.
-        rundir = RunDir.create(
-            self._options.scratch,
-            info.run,
-            source=str(monitor.address),
-            chain=info.chain,
-            owner=owner,
-        )
-        self._rundirs.append(rundir)
         server = self._options.nbd_address is None
+
+        def create() -> RunFolder:
+            made = self._place.create(
+                self._options.scratch,
+                info.run,
+                source=monitor.address.there,
+                chain=info.chain,
+                owner=owner,
+                sizes=[plan.disk.size for plan in plans],
+            )
+            # Noted in the thread: what it made is removed also when this was cancelled meanwhile.
+            self._rundirs.append(made)
+            return made
+
+        rundir = await whole(create)
+        life = await self._place.reach(rundir.life)
         lifeline = Lifeline(monitor, RunNames(info.run).life(info.chain, server=server))
         self._lifelines.append(lifeline)
-        await finished(lifeline.tie(rundir.life, rundir.life))
+        await finished(lifeline.tie(rundir.life, life))
+        nbd_socket = await self._place.reach(rundir.socket) if server else ""
+        nbd_address = await self._reach_server()
         qemu_plans = [
             QemuPlan(disk=self._disks[plan.disk.name], base=plan.base, checkpoint=plan.checkpoint)
             for plan in plans
@@ -119,10 +141,10 @@ class QemuSource:
                 rundir.keep()
 
         def uri_of(export: str) -> str:
-            address, tls = self._options.nbd_address, self._options.tls
-            if address is None:
-                return unix_uri(rundir.socket, export)
-            return with_export(address if tls is None else with_tls(address, tls), export)
+            tls = self._options.tls
+            if nbd_address is None:
+                return unix_uri(nbd_socket, export)
+            return with_export(nbd_address if tls is None else with_tls(nbd_address, tls), export)
 
         try:
             async with freeze(
@@ -135,9 +157,24 @@ class QemuSource:
                 on_lost=on_lost,
                 on_released=released,
             ) as frozen:
-                yield frozen
+                watcher = asyncio.create_task(self._watch(frozen), name="host")
+                try:
+                    yield frozen
+                finally:
+                    watcher.cancel()
         finally:
             await whole(rundir.remove_scratch)
+
+    async def _reach_server(self) -> str | None:
+        """The address of a server that QEMU runs already, as it is reached from here."""
+        address = self._options.nbd_address
+        if address is None or not is_unix(address):
+            return address
+        path = socket_of(address)
+        return with_socket(address, await self._place.reach(path))
+
+    async def _watch(self, frozen: QemuPointInTime) -> None:
+        frozen.lose(PointInTimeLostError(str(await self._place.lost())))
 
     async def close(self) -> None:
         """Let the run's lifeline, folder and lock go.

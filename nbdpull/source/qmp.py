@@ -164,8 +164,18 @@ def _connect_socket(address: MonitorAddress) -> tuple[socket.socket, tuple[int, 
 
 
 @asynccontextmanager
-async def open_monitor(address: MonitorAddress) -> AsyncIterator[Monitor]:
+async def open_monitor(
+    address: MonitorAddress,
+    *,
+    reached_at: str | None = None,
+    owner: tuple[int, int] | None = None,
+) -> AsyncIterator[Monitor]:
     """Connect, negotiate, and check that this is a QEMU that can be backed up.
+
+    Args:
+        address: of the monitor.
+        reached_at: the unix socket that it is reached by, where that is another than the address says.
+        owner: user and group that QEMU runs as there.
 
     Raises:
         MonitorInUseError: no greeting came in 5 seconds: a monitor serves one client at a time and
@@ -173,7 +183,10 @@ async def open_monitor(address: MonitorAddress) -> AsyncIterator[Monitor]:
         MonitorError: nobody there, no permission, or not QMP.
         SourceError: QEMU is older than 7.2.
     """
-    sock, peer = await asyncio.to_thread(_connect_socket, address)
+    if reached_at is None:
+        sock, owner = await asyncio.to_thread(_connect_socket, address)
+    else:
+        sock, _ = await asyncio.to_thread(_connect_socket, MonitorAddress(path=reached_at))
     sock.settimeout(0)
     client = QMPClient("nbdpull")
     try:
@@ -185,7 +198,7 @@ async def open_monitor(address: MonitorAddress) -> AsyncIterator[Monitor]:
         ) from exc
     except ConnectError as exc:
         raise MonitorError(f"{address} does not speak QMP: {exc}") from exc
-    monitor = Monitor(client, address, peer)
+    monitor = Monitor(client, address, owner)
     listener = EventListener()
     client.register_listener(listener)
     pump = asyncio.create_task(monitor._pump(listener), name="qmp-events")  # noqa: SLF001

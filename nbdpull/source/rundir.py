@@ -29,16 +29,25 @@ from typing import Any, Final
 
 from nbdpull.errors import SourceError, UsageError
 
-__all__ = ["FoundRun", "RunDir", "find_run", "find_runs"]
+__all__ = ["SOCKET_PATH_MAX", "FoundRun", "RunDir", "find_run", "find_runs"]
 
 # sun_path of Linux is 108 bytes with its closing NUL, see unix(7).
-_SOCKET_PATH_MAX: Final = 107
+SOCKET_PATH_MAX: Final = 107
+"""Bytes."""
 
 _RUN_JSON_MAX: Final = 64 * 1024
+_PACE_S: Final = 0.05
 
 
 class RunDir:
-    """A folder made for this run; `close` removes it."""
+    """A folder made for this run; `close` removes it.
+
+    Attributes:
+        path: absolute.
+        here: whether its files can be opened by this process.
+    """
+
+    here = True
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
@@ -69,9 +78,9 @@ class RunDir:
         """
         base = Path(parent or tempfile.gettempdir()).absolute()
         path = base / f"nbdpull-{run}"
-        if len(os.fsencode(path / "nbd.sock")) > _SOCKET_PATH_MAX:
+        if len(os.fsencode(path / "nbd.sock")) > SOCKET_PATH_MAX:
             raise UsageError(
-                f"scratch folder {base} is too deep: a socket's path has at most {_SOCKET_PATH_MAX}"
+                f"scratch folder {base} is too deep: a socket's path has at most {SOCKET_PATH_MAX}"
                 f" bytes; choose a shorter one with --scratch"
             )
         refused = f"can't use {base} for scratch images"
@@ -137,14 +146,15 @@ class RunDir:
             ) from exc
         return str(path)
 
-    def free_bytes(self) -> int:
-        """Room that is left for scratch images."""
+    def room(self) -> tuple[int, int]:
+        """Bytes that are free for scratch images, and that they take now."""
+        used = sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
         state = os.statvfs(self.path)
-        return state.f_bavail * state.f_frsize
+        return state.f_bavail * state.f_frsize, used
 
-    def used_bytes(self) -> int:
-        """Room that the scratch images take now."""
-        return sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
+    def pace_s(self, spare: int) -> float:  # noqa: ARG002 - a look costs microseconds
+        """Seconds until the room must be looked at again, with `spare` bytes left."""
+        return _PACE_S
 
     def hold_back(self, size: int) -> None:
         """Take `size` bytes of real room, until `let_go`.

@@ -18,15 +18,14 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from nbdpull.errors import ScratchFullError, UsageError
-from nbdpull.source.rundir import RunDir
+from nbdpull.errors import ScratchFullError, SourceError, UsageError
+from nbdpull.source.place import RunFolder
 
 __all__ = ["Overwritten", "ScratchGuard"]
 
 _HELD: Final = 64 << 20
 _LEAST: Final = 1 << 20
 """Bytes of room without which nothing is begun."""
-_POLL_S: Final = 0.05
 _RECENT_S: Final = 5.0
 
 
@@ -37,7 +36,7 @@ class ScratchGuard:
         peak: most bytes that the scratch images were seen to take at once.
     """
 
-    def __init__(self, rundir: RunDir, on_full: Callable[[ScratchFullError], None]) -> None:
+    def __init__(self, rundir: RunFolder, on_full: Callable[[ScratchFullError], None]) -> None:
         """Hold room back.
 
         Raises:
@@ -46,7 +45,7 @@ class ScratchGuard:
         self._rundir = rundir
         self._on_full = on_full
         self.peak = 0
-        free = rundir.free_bytes()
+        free, _ = rundir.room()
         if free < _LEAST:
             raise UsageError(
                 f"scratch folder {rundir.path.parent} has {free} bytes free, expected at least {_LEAST}"
@@ -60,11 +59,13 @@ class ScratchGuard:
         self._tight = min((free - held) // 2, 4 * held)
         self._tight_at = -_RECENT_S
         self._let_go = False
+        self._spare = 0
 
     def check(self) -> ScratchFullError | None:
         """Look once: the error when there is too little room to go on."""
-        self.peak = max(self.peak, self._rundir.used_bytes())
-        free = self._rundir.free_bytes()
+        free, used = self._rundir.room()
+        self.peak = max(self.peak, used)
+        self._spare = free - self._low
         if free < self._tight:
             self._tight_at = time.monotonic()
         if free >= self._low:
@@ -92,11 +93,14 @@ class ScratchGuard:
     async def watch(self) -> None:
         """Look until there is too little room, and tell that once."""
         while True:
-            exc = await asyncio.to_thread(self.check)
+            try:
+                exc = await asyncio.to_thread(self.check)
+            except SourceError:
+                return  # the host is lost, which is told elsewhere
             if exc is not None:
                 self._on_full(exc)
                 return
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(self._rundir.pace_s(self._spare))
 
 
 class Overwritten:

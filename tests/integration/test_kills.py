@@ -30,10 +30,11 @@ MIB = 1 << 20
 
 @contextmanager
 def running_backup(
-    vm: QemuProcess, keeper: Keeper, *options: str
+    vm: QemuProcess, keeper: Keeper, *options: str, source: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A backup by the command line, in the middle of its pull."""
-    command = [sys.executable, "-m", "nbdpull", "backup", vm.uri, "-r", keeper.repository]
+    command = [sys.executable, "-m", "nbdpull", "backup", source or vm.uri]
+    command += ["-r", keeper.repository]
     command += ["--scratch", str(keeper.scratch), "--progress", "json", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
         assert client.stderr is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdpull.errors import UsageError
-from nbdpull.source.address import ImageAddress, MonitorAddress, parse_source
+from nbdpull.source.address import ImageAddress, MonitorAddress, SshHost, parse_source
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,12 @@ from nbdpull.source.address import ImageAddress, MonitorAddress, parse_source
         ("qmp:///run/web.qmp", MonitorAddress(path="/run/web.qmp")),
         ("qmp:relative/sock", MonitorAddress(path="relative/sock")),
         ("qmp:/a%20b%3Fc", MonitorAddress(path="/a b?c")),
+        ("qmp+ssh://web/run/q", MonitorAddress(path="/run/q", ssh=SshHost(destination="web"))),
+        (
+            "qmp+ssh://Me@Web-1.example:2222/run/a%20b",
+            MonitorAddress(path="/run/a b", ssh=SshHost(destination="Me@Web-1.example", port=2222)),
+        ),
+        ("qmp+ssh://[::1]/q", MonitorAddress(path="/q", ssh=SshHost(destination="::1"))),
         ("qmp+tcp://localhost:4444", MonitorAddress(host="localhost", port=4444)),
         ("qmp+tcp://127.0.0.1:4444/", MonitorAddress(host="127.0.0.1", port=4444)),
         ("qmp+tcp://127.3.2.1:1", MonitorAddress(host="127.3.2.1", port=1)),
@@ -95,3 +101,24 @@ def test_an_image(source: str, path: str, image_format: str | None, name: str | 
 def test_what_makes_no_vm_is_refused(sources: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         parse_source(sources)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "qmp+ssh://-oProxyCommand=x/q",
+        "qmp+ssh://-l@host/q",
+        "qmp+ssh://me:secret@host/q",
+        "qmp+ssh://host",
+        "qmp+ssh://host/",
+        "qmp+ssh:///q",
+        "qmp+ssh://ho st/q",
+        "qmp+ssh://host:x/q",
+        "qmp+ssh://host/q\n",
+    ],
+)
+def test_what_is_no_host_for_ssh_is_refused_without_repeating_it(source: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_source([source])
+    assert "secret" not in str(caught.value)
+    assert "expected" in str(caught.value)

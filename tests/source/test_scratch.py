@@ -18,8 +18,8 @@ class Room(RunDir):
 
     free = 80 * MIB
 
-    def free_bytes(self) -> int:
-        return self.free
+    def room(self) -> tuple[int, int]:
+        return self.free, 0
 
     def hold_back(self, size: int) -> None:
         self.free -= size

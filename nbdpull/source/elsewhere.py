@@ -1,0 +1,345 @@
+"""A host that is reached by SSH: run folders there, by small scripts for its shell.
+
+A run's folder is as one of this host (`rundir`), so that whoever is there finds it too. Its lock nobody
+holds: QEMU tells whether the run lives (`lifeline`). Scratch images are made before the folder is given to
+QEMU's user. From then on nothing in it is written to by name: QEMU, which its guest may have taken over,
+could have put a link there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nbdpull.errors import MonitorError, SourceError, UsageError
+from nbdpull.nbdio.connection import Connection
+from nbdpull.nbdio.status import Allocation, StatusReader
+from nbdpull.source.base import GRANULARITY
+from nbdpull.source.rundir import SOCKET_PATH_MAX, FoundRun
+from nbdpull.source.ssh import ScriptError, SshLink, quoted
+
+__all__ = ["Elsewhere", "OverwrittenElsewhere", "RunDirElsewhere", "look_at_socket"]
+
+log = logging.getLogger(__name__)
+
+_HELD_KIB: Final = 64 << 10
+_FASTEST: Final = 4 << 30
+"""Bytes in a second that scratch is taken to grow at most: so often its room is looked at."""
+_PACE_S: Final = (0.05, 1.0)
+_FREE: Final = re.compile(r"\s(\d+)\s+\d+%\s")
+_RUN: Final = re.compile(r"nbdpull-[0-9a-f]{8}")
+_JSON_MAX: Final = 4096
+
+# Bytes and text of `df -Pk` (POSIX): blocks of 1024 bytes, one line, the free ones before the percentage.
+_CREATE: Final = r"""
+base={base}
+dir=${{base%/}}/{name}
+mkdir -m 700 -- "$dir" || exit 3
+make() {{
+    cd -- "$dir" && : >lock && printf '%s' {description} >run.json || return 1
+    free=$(df -Pk . | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9]*% .*/\1/p')
+    held=$((free / 4))
+    [ "$held" -le {held} ] || held={held}
+    [ "$free" -lt 1024 ] || fallocate -l "${{held}}K" held 2>/dev/null ||
+        dd if=/dev/zero of=held bs=1024 count="$held" 2>/dev/null
+    {images}
+    {owner}
+}}
+if make; then
+    printf '\n%s\n' "$dir"
+else
+    rm -rf -- "$dir"
+    exit 4
+fi
+"""
+
+_FIND: Final = r"""
+me=$(id -u)
+for dir in {folders}; do
+    [ -d "$dir" ] && [ ! -h "$dir" ] && [ -f "$dir/lock" ] && [ ! -h "$dir/lock" ] || continue
+    set -- $(ls -ldn -- "$dir/lock")
+    [ "$3" = 0 ] || [ "$3" = "$me" ] || continue
+    held=0 paused=0 server=0 said=
+    if command -v flock >/dev/null; then
+        flock -n "$dir/lock" true
+        [ $? != 1 ] || held=1
+    fi
+    [ ! -e "$dir/paused" ] || paused=1
+    [ ! -S "$dir/nbd.sock" ] && [ ! -e "$dir/server" ] || server=1
+    if [ -f "$dir/run.json" ] && [ ! -h "$dir/run.json" ]; then
+        said=$(head -c {most} -- "$dir/run.json" | tr -d '\000\n')
+    fi
+    printf '\nrun %s %s %s %s\n%s\n' $held $paused $server "$dir" "$said"
+done
+:
+"""
+
+
+def look_at_socket(link: SshLink, path: str) -> tuple[int, int] | None:
+    """User and group of the QMP socket at `path` there, which are QEMU's; None where that is not told.
+
+    Raises:
+        MonitorError: there is none, or no permission for it.
+    """
+    script = f"""
+        p={quoted(path)}
+        if [ ! -e "$p" ]; then echo none
+        elif [ ! -S "$p" ]; then echo other
+        elif [ ! -r "$p" ] || [ ! -w "$p" ]; then echo denied
+        else ls -ldn -- "$p"
+        fi"""
+    found = link.run(script).split()
+    if found == ["none"]:
+        raise MonitorError(
+            f"no QMP socket at {path} on {link.host} that its user may see; start QEMU with -qmp"
+            f" unix:{path},server=on,wait=off"
+        )
+    if found == ["other"]:
+        raise MonitorError(
+            f"{path} on {link.host} is no socket; expected the path of QEMU's -qmp unix:PATH"
+        )
+    if found == ["denied"]:
+        raise MonitorError(
+            f"no permission for {path} on {link.host}; log in as the user that QEMU runs as, or root"
+        )
+    with suppress(ValueError, IndexError):
+        return int(found[2]), int(found[3])
+    return None
+
+
+class RunDirElsewhere:
+    """A folder made for this run; `close` removes it. See `RunDir`."""
+
+    here = False
+
+    def __init__(self, link: SshLink, path: Path) -> None:
+        self._link = link
+        self._keep = False
+        self.path = path
+
+    @property
+    def socket(self) -> str:
+        """Where QEMU's NBD server is to listen."""
+        return str(self.path / "nbd.sock")
+
+    @property
+    def life(self) -> str:
+        """Where QEMU is to listen for the run's lifeline."""
+        return str(self.path / "life")
+
+    def make_scratch(self, index: int, size: int) -> str:  # noqa: ARG002 - made with the folder
+        """The path of a scratch image."""
+        return str(self.path / f"disk{index}.raw")
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that are free for scratch images, and that they take now.
+
+        Raises:
+            SourceError: it can't be looked at.
+        """
+        script = f"cd -- {quoted(self.path)} && df -Pk . | tail -n 1 && du -k disk*.raw"
+        first, _, rest = self._link.run(script).lstrip("\n").partition("\n")
+        free = _FREE.search(first)
+        used = [line.split()[0] for line in rest.splitlines() if line.strip()]
+        if free is None or not all(map(str.isdecimal, used)):
+            raise SourceError(f"'df' and 'du' on {self._link.host} say what is not understood")
+        return int(free[1]) * 1024, sum(map(int, used)) * 1024
+
+    def pace_s(self, spare: int) -> float:
+        """Seconds until the room must be looked at again, with `spare` bytes left."""
+        least, most = _PACE_S
+        return min(most, max(least, spare / _FASTEST))
+
+    def hold_back(self, size: int) -> None:
+        """Nothing: the room is held since the folder was made."""
+
+    def let_go(self) -> None:
+        """Give back what is held; never raises."""
+        self._try(f"rm -f -- {quoted(self.path / 'held')}")
+
+    def mark_server(self) -> None:
+        """Note that this run starts an NBD server that has no socket there."""
+        self._try(f"mkdir -- {quoted(self.path / 'server')}")
+
+    def mark_paused(self, *, paused: bool) -> None:
+        """Note that this run has stopped the guest, for whoever cleans up after a crash.
+
+        A folder, because making one never goes through a link.
+        """
+        self._try(f"{'mkdir' if paused else 'rmdir'} -- {quoted(self.path / 'paused')}")
+
+    def keep(self) -> None:
+        """Leave the folder and what is in it when this run ends: QEMU may still use it."""
+        self._keep = True
+
+    def remove_scratch(self) -> None:
+        """Remove the scratch images, once QEMU has let them go; never raises."""
+        if not self._keep:
+            self._try(f"cd -- {quoted(self.path)} && rm -f held disk*.raw")
+
+    def close(self) -> None:
+        """Remove the folder, unless it is kept; never raises."""
+        if not self._keep:
+            self._try(f"rm -rf -- {quoted(self.path)}")
+
+    def _try(self, script: str) -> None:
+        try:
+            self._link.run(script)
+        except MonitorError as exc:
+            log.debug("%s", exc)
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundElsewhere(FoundRun):
+    """The folder of some run, as found there."""
+
+    link: SshLink
+
+    def remove(self) -> None:
+        with suppress(MonitorError):
+            self.link.run(f"rm -rf -- {quoted(self.path)}")
+
+
+class Elsewhere:
+    """The host at the other end of `link`. See `Place`."""
+
+    def __init__(self, link: SshLink) -> None:
+        self._link = link
+
+    def create(
+        self,
+        parent: str | None,
+        run: str,
+        *,
+        source: str,
+        chain: str,
+        owner: tuple[int, int] | None,
+        sizes: Sequence[int],
+    ) -> RunDirElsewhere:
+        """See `Place.create`."""
+        images = [
+            # Nothing is copied: this makes a file of that size, all of it a hole.
+            f"dd if=/dev/zero of=disk{index}.raw bs=1 count=0 seek={size} || return 1"
+            for index, size in enumerate(sizes)
+        ]
+        give = ":"
+        if owner is not None:
+            pair = f"{owner[0]}:{owner[1]}"
+            give = f'[ "$(id -u)" != 0 ] || chown {pair} disk*.raw .' if owner[0] else ":"
+        # No process id: it would be taken for one there.
+        described = json.dumps({"source": source, "chain": chain, "pid": None})
+        script = _CREATE.format(
+            base=_base(parent),
+            name=f"nbdpull-{run}",
+            description=quoted(described),
+            held=_HELD_KIB,
+            images="\n    ".join(images) or ":",
+            owner=give,
+        )
+        host = self._link.host
+        try:
+            output = self._link.run(script)
+        except ScriptError as exc:
+            said = (str(exc).splitlines() or [""])[-1]
+            raise UsageError(
+                f"can't use {parent or 'the folder for temporary files'} on {host} for scratch images:"
+                f" {said}; choose a writable folder there with --scratch"
+            ) from exc
+        made = RunDirElsewhere(self._link, Path(output.rstrip("\n").rpartition("\n")[2]))
+        if len(made.socket.encode()) > SOCKET_PATH_MAX:
+            made.close()
+            raise UsageError(
+                f"scratch folder {made.path.parent} on {host} is too deep: a socket's path has at most"
+                f" {SOCKET_PATH_MAX} bytes; choose a shorter one with --scratch"
+            )
+        return made
+
+    def find(self, path: Path) -> FoundRun | None:
+        """See `Place.find`."""
+        return next(iter(self._find(quoted(path))), None) if _RUN.fullmatch(path.name) else None
+
+    def find_all(self, parent: str | None) -> Iterable[FoundRun]:
+        """See `Place.find_all`."""
+        return self._find(f"{_base(parent)}/nbdpull-????????")
+
+    def _find(self, folders: str) -> list[FoundRun]:
+        output = self._link.run(_FIND.format(folders=folders, most=_JSON_MAX))
+        found: list[FoundRun] = []
+        lines = output.splitlines()
+        for line, said in itertools.pairwise(lines):
+            flags = re.fullmatch(r"run ([01]) ([01]) ([01]) (/.*)", line)
+            if flags is None or not _RUN.fullmatch(Path(flags[4]).name):
+                continue
+            described = _described(said)
+            source, chain, pid = (described.get(name) for name in ("source", "chain", "pid"))
+            found.append(
+                _FoundElsewhere(
+                    path=Path(flags[4]),
+                    alive=flags[1] == "1",
+                    paused=flags[2] == "1",
+                    server=flags[3] == "1",
+                    source=source if isinstance(source, str) else None,
+                    chain=chain if isinstance(chain, str) else None,
+                    pid=pid if isinstance(pid, int) else None,
+                    link=self._link,
+                )
+            )
+        return found
+
+    async def reach(self, path: str) -> str:
+        """See `Place.reach`."""
+        return await self._link.forward(path)
+
+    async def lost(self) -> MonitorError:
+        """See `Place.lost`."""
+        return await self._link.lost()
+
+
+def _base(parent: str | None) -> str:
+    """A scratch folder as a word of a script."""
+    if parent is None:
+        return '"${TMPDIR:-/tmp}"'
+    if not parent.startswith("/") or "\n" in parent:
+        raise UsageError(
+            f"scratch folder '{parent}' is on the host that QEMU runs on: expected an absolute path"
+        )
+    return quoted(parent)
+
+
+def _described(said: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(said)
+    except (ValueError, RecursionError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+class OverwrittenElsewhere:
+    """See `Overwritten`: which blocks lie in a scratch image, asked through an export of it."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._connection: Connection | None = None
+
+    def close(self) -> None:
+        """End the connection; a second call does nothing."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def __call__(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The ranges of [start, end), as (start, end) in bytes; one thread at a time may ask."""
+        if self._connection is None:
+            self._connection = Connection.open(self._uri, contexts=("base:allocation",))
+        # A new reader each time: what an earlier reply said may be out of date.
+        reader = StatusReader(
+            self._connection, "base:allocation", smallest=GRANULARITY, strict=True
+        )
+        rows = zip(*reader.read(start, end), strict=True)
+        return [(int(at), int(to)) for at, to, flags in rows if not flags & Allocation.HOLE]
