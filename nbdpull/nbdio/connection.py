@@ -397,8 +397,23 @@ class Connection:
             self._wait(cookie, "flush", 0, self.size)
 
 
+def _check_tls(uri: str) -> None:
+    """Refuse what would be TLS without looking who is at the other end.
+
+    libnbd 1.14 checks a server's certificate against the host name of the address, and not at all where there is
+    none: any server was taken. A shared key needs no name.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "nbds+unix" and not parse_qs(parts.query).get("tls-psk-file"):
+        raise UsageError(
+            f"NBD address '{uri}' is a unix socket, over which no certificate can be checked; use a shared key"
+            " (PSK), or nbds://HOST:PORT"
+        )
+
+
 def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
     """A handle that has begun to connect."""
+    _check_tls(uri)
     handle = nbd.NBD()
     try:
         handle.set_uri_allow_transports(nbd.ALLOW_TRANSPORT_TCP | nbd.ALLOW_TRANSPORT_UNIX)

@@ -37,6 +37,12 @@ class Tls:
         """Where QEMU looks for its own files."""
         return self.path if self.user is None else str(Path(self.path).parent)
 
+    def serves(self) -> bool:
+        """Whether a QEMU server has all that it needs there."""
+        if self.user is not None:
+            return Path(self.path).name == SERVER_PSK
+        return all((Path(self.path) / name).is_file() for name in _SERVER)
+
 
 def look_at_tls(path: str, *, server: bool) -> Tls:
     """What is at `path`, as the client uses it, and a QEMU server on this machine too where `server`.
@@ -75,11 +81,16 @@ def with_tls(uri: str, tls: Tls) -> str:
     """The same NBD address (``nbds://``, ``nbds+unix://``) with where the secrets lie.
 
     Raises:
-        UsageError: an address without TLS.
+        UsageError: an address without TLS, or certificates where none can be checked.
     """
     parts = urlsplit(uri)
     if not parts.scheme.startswith("nbds"):
         raise UsageError(f"NBD address '{uri}' has no TLS, and --tls is given; expected nbds://...")
+    if parts.scheme == "nbds+unix" and tls.user is None:
+        raise UsageError(
+            f"no certificate can be checked over a unix socket, as '{uri}' is; use a shared key (PSK), or"
+            " nbds://HOST:PORT"
+        )
     given = [parts.query] if parts.query else []
     kind = "tls-certificates" if tls.user is None else "tls-psk-file"
     query = "&".join([*given, f"{kind}={quote(tls.path, safe='/')}"])

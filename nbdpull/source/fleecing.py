@@ -35,12 +35,12 @@ from nbdpull.errors import (
     SourceError,
 )
 from nbdpull.model.results import GuestCost, Quiesced
-from nbdpull.nbdio.connection import with_export
+from nbdpull.nbdio.connection import is_unix, with_export
 from nbdpull.nbdio.tls import Tls, with_tls
 from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
 from nbdpull.source.elsewhere import OverwrittenElsewhere
-from nbdpull.source.loopback import LOOPBACK, start_on_loopback
+from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
 from nbdpull.source.names import RunNames
 from nbdpull.source.place import RunFolder
 from nbdpull.source.qmp import Monitor
@@ -67,7 +67,8 @@ class QemuOptions:
 
     Attributes:
         guest_first: a scratch error ends the backup instead of pausing the guest (mode C).
-        nbd_address: URI of the NBD server that this QEMU runs already; None starts one.
+        nbd_address: URI of the NBD server that this QEMU runs already; None starts one. With `tls` an ``nbds://``
+            server is started there when QEMU runs none.
         scratch: folder for scratch images; None for the system's temporary one.
         trim_scratch: what is not read any more may be given back, see `ServedDisk.trims`.
         force: also disks whose iothread makes a disconnect dangerous.
@@ -319,7 +320,9 @@ class QemuPointInTime:
         if self._options.nbd_address is None and tls is not None:
             address = await self._start_tls_server(tls)
             uri_of = partial(with_export, address)
-        elif self._options.nbd_address is None:
+        elif self._options.nbd_address is not None:
+            await self._start_at_address(self._options.nbd_address, tls)
+        else:
             path = self._rundir.socket
             try:
                 await self._monitor.execute(
@@ -390,7 +393,29 @@ class QemuPointInTime:
 
     async def _start_tls_server(self, tls: Tls) -> str:
         """Start QEMU's NBD server on loopback with TLS, and return its address."""
+        creds = await self._add_creds(tls)
+        await asyncio.to_thread(self._rundir.mark_server)
+        port = await start_on_loopback(self._monitor, creds)
+        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+        return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
+
+    async def _start_at_address(self, address: str, tls: Tls | None) -> None:
+        """Start QEMU's NBD server where the user says, if it has TLS, and QEMU runs none."""
+        if tls is None or is_unix(address) or not tls.serves():
+            return
+        creds = await self._add_creds(tls)
+        try:
+            await start_at(self._monitor, address, creds)
+        except CommandError as exc:
+            if "already running" not in exc.description:
+                raise
+            return
+        await asyncio.to_thread(self._rundir.mark_server)
+        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+
+    async def _add_creds(self, tls: Tls) -> str:
         creds = self._names.tls
+        self._push("removing its TLS files", partial(self._delete_object, creds))
         await self._monitor.execute(
             "object-add",
             {
@@ -401,14 +426,14 @@ class QemuPointInTime:
                 **({"verify-peer": True} if tls.user is None else {}),
             },
         )
-        self._push("removing its TLS files", partial(self._delete_object, creds))
-        await asyncio.to_thread(self._rundir.mark_server)
-        port = await start_on_loopback(self._monitor, creds)
-        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
-        return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
+        return creds
 
     async def _delete_object(self, name: str) -> None:
-        await self._monitor.execute("object-del", {"id": name})
+        try:
+            await self._monitor.execute("object-del", {"id": name})
+        except CommandError as exc:
+            if not _is_absent(exc):
+                raise
 
     # -- watching it -------------------------------------------------------------------------------
 
@@ -597,9 +622,7 @@ class QemuPointInTime:
 
 def _is_absent(exc: CommandError) -> bool:
     """Whether QEMU refused because there is no such thing: it was never made."""
-    return any(
-        words in exc.description for words in ("Failed to find", "Cannot find", "is not found")
-    )
+    return any(words in exc.description for words in ("Failed to find", "Cannot find", "not found"))
 
 
 @contextlib.asynccontextmanager

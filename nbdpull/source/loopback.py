@@ -1,23 +1,41 @@
-"""QEMU's NBD server on a TCP port of this machine alone."""
+"""QEMU's NBD server on TCP, on a port of this machine alone or where the user says."""
 
 from __future__ import annotations
 
 import socket
 from typing import Final
+from urllib.parse import urlsplit
 
 from nbdpull.errors import CommandError, SourceError
 from nbdpull.source.qmp import Monitor
 
-__all__ = ["LOOPBACK", "start_on_loopback"]
+__all__ = ["LOOPBACK", "start_at", "start_on_loopback"]
 
 LOOPBACK: Final = "127.0.0.1"
 _TRIES: Final = 5
+_PORT: Final = 10809
+"""Of NBD, registered with IANA."""
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+async def _start(monitor: Monitor, host: str, port: int, creds: str) -> None:
+    address = {"type": "inet", "data": {"host": host, "port": str(port)}}
+    await monitor.execute("nbd-server-start", {"addr": address, "tls-creds": creds})
+
+
+async def start_at(monitor: Monitor, uri: str, creds: str) -> None:
+    """Start QEMU's NBD server at the host and port of `uri`, secured with the object `creds`.
+
+    Raises:
+        CommandError: QEMU refused, for example because it runs one already.
+    """
+    parts = urlsplit(uri)
+    await _start(monitor, parts.hostname or LOOPBACK, parts.port or _PORT, creds)
 
 
 async def start_on_loopback(monitor: Monitor, creds: str) -> int:
@@ -30,9 +48,8 @@ async def start_on_loopback(monitor: Monitor, creds: str) -> int:
     """
     for attempt in range(_TRIES):
         port = _free_port()
-        address = {"type": "inet", "data": {"host": LOOPBACK, "port": str(port)}}
         try:
-            await monitor.execute("nbd-server-start", {"addr": address, "tls-creds": creds})
+            await _start(monitor, LOOPBACK, port, creds)
         except CommandError as exc:
             if "already running" in exc.description:
                 raise SourceError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +165,141 @@ nbdpull.backup(sys.argv[1], sys.argv[2], scratch=sys.argv[3], tls=sys.argv[4], p
 def kill_in_the_middle(keeper: Keeper, vm: Vm, tls: Path) -> int:
     line = [sys.executable, "-c", KILLED, vm.uri, keeper.repository, keeper.scratch, tls]
     return subprocess.run(list(map(str, line)), check=False, capture_output=True).returncode
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses on which a process listens over TCP."""
+    opened = {
+        str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()
+    }
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in opened}
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def untrusting(pki: Path, other: Path, folder: Path) -> Path:
+    """A client that the server takes, and that takes no such server: its authority is another one."""
+    folder.mkdir()
+    for name in ("client-cert.pem", "client-key.pem"):
+        shutil.copy(pki / name, folder)
+    shutil.copy(other / "ca-cert.pem", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["x509", "psk"])
+def test_qemu_listens_where_the_user_says(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    disk: Disk,
+    authority: Authority,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    tls = secrets(kind, authority, tmp_path)
+    port = free_port("127.0.0.2")
+    address = f"nbds://127.0.0.2:{port}"
+    seen: list[set[str]] = []
+    with Vm([disk], tools=qemu_tools) as vm:
+
+        def told(progress: nbdpull.Progress) -> None:
+            if progress.kind is nbdpull.ProgressKind.DISK_START:
+                seen.append(listening(vm.process.pid))
+
+        for level in ("full", "incremental"):
+            vm.qemu_io("vda", f"write -P {len(level)} 1M 3M")
+            result = keeper.backup(vm.uri, level, tls=tls, nbd_address=address, progress=told)
+            compare(keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2")
+            assert not any(vm.leftovers().values())
+            assert "-tls'" not in str(vm.qmp("qom-list", path="/objects"))
+        assert seen == [{f"0200007F:{port:04X}"}] * 2
+        assert listening(vm.process.pid) == set()
+        with pytest.raises(nbdpull.CommandError, match=r"Failed to find an available port|bind"):
+            keeper.backup(vm.uri, tls=tls, nbd_address="nbds://192.0.2.1:10809")
+        assert not any(vm.leftovers().values())
+
+
+@pytest.mark.parametrize("kind", ["x509", "psk"])
+def test_a_server_that_qemu_runs_with_tls_is_used_and_left(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    disk: Disk,
+    authority: Authority,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    tls = secrets(kind, authority, tmp_path)
+    port = free_port("127.0.0.1")
+    address = f"nbds://127.0.0.1:{port}"
+    other = Authority(tmp_path / "other").issue(tmp_path / "wrong", "client")
+    wrong = [other, untrusting(tls, other, tmp_path / "half")] if kind == "x509" else []
+    wrong += [make_psk(tmp_path / "wrong-psk" / "keys.psk")] if kind == "psk" else []
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 1 1M 3M")
+        creds = {"qom_type": f"tls-creds-{kind}", "id": "t", "endpoint": "server"}
+        folder = tls if kind == "x509" else tls.parent
+        more = {"verify_peer": True} if kind == "x509" else {}
+        vm.qmp("object-add", **creds, dir=str(folder), **more)
+        inet = {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}
+        vm.qmp("nbd-server-start", addr=inet, tls_creds="t")
+        for other_secret in wrong:
+            with pytest.raises(nbdpull.NbdError, match=r"can't connect to nbds://"):
+                keeper.backup(vm.uri, tls=other_secret, nbd_address=address)
+            assert not any(vm.leftovers().values())
+        with pytest.raises(nbdpull.NbdError, match="can't connect to nbd://"):
+            keeper.backup(vm.uri, nbd_address=address.replace("nbds", "nbd"))
+        result = keeper.backup(vm.uri, tls=tls, nbd_address=address)
+        compare(keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2")
+        assert not any(vm.leftovers().values())
+        assert listening(vm.process.pid) == {f"0100007F:{port:04X}"}
+        assert "-tls'" not in str(vm.qmp("qom-list", path="/objects"))
+
+
+def test_over_a_unix_socket_keys_are_checked_and_certificates_refused(
+    keeper: Keeper, servers: Servers, authority: Authority, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    tls = make_psk(tmp_path / "psk" / "keys.psk")
+    creds = f"tls-creds-psk,id=t,endpoint=server,dir={tls.parent}"
+    line = ["qemu-nbd", "-r", "-t", "-e", "9", "-f", "raw", "-x", "vda", "--object", creds]
+    plain = servers.start(*line, "--tls-creds", "t", "-k", "SOCKET", image, export="vda")
+    uri = plain.replace("nbd+unix", "nbds+unix")
+    assert keeper.backup(uri, vm="web", tls=tls).disks[0].name == "vda"
+    wrong = make_psk(tmp_path / "wrong" / "keys.psk")
+    with pytest.raises(nbdpull.NbdError, match=r"can't connect to nbds\+unix://.*TLS|gnutls"):
+        keeper.backup(uri, vm="web", tls=wrong)
+    with pytest.raises(nbdpull.NbdError, match="can't connect to nbd"):
+        keeper.backup(plain, vm="web")
+    # libnbd would take any server's certificate: whoever can put a socket there could read or answer.
+    pki = authority.issue(tmp_path / "pki", "client")
+    with pytest.raises(nbdpull.UsageError, match="no certificate can be checked"):
+        keeper.backup(uri, vm="web", tls=pki)
+    with pytest.raises(nbdpull.UsageError, match="no certificate can be checked"):
+        keeper.backup(f"{uri}&tls-certificates={pki}", vm="web")
+
+
+def test_qemus_server_with_shared_keys_over_a_unix_socket(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    tls = make_psk(tmp_path / "psk" / "keys.psk")
+    path = tmp_path / "nbd"
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 1 1M 3M")
+        folder = str(tls.parent)
+        vm.qmp("object-add", qom_type="tls-creds-psk", id="t", endpoint="server", dir=folder)
+        unix = {"type": "unix", "data": {"path": str(path)}}
+        vm.qmp("nbd-server-start", addr=unix, tls_creds="t")
+        address = f"nbds+unix:///?socket={path}"
+        result = keeper.backup(vm.uri, tls=tls, nbd_address=address)
+        compare(keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2")
+        wrong = make_psk(tmp_path / "wrong" / "keys.psk")
+        with pytest.raises(nbdpull.NbdError, match=r"can't connect to nbds\+unix://"):
+            keeper.backup(vm.uri, tls=wrong, nbd_address=address)
+        assert not any(vm.leftovers().values())
+        assert path.is_socket()

@@ -30,7 +30,7 @@ class Authority:
         for role in roles:
             key = folder / f"{role}-key.pem"
             _key(key)
-            lines = f"cn = {role}\nip_address = 127.0.0.1\ntls_www_{role}\n"
+            lines = f"cn = {role}\nip_address = 127.0.0.1\nip_address = 127.0.0.2\ntls_www_{role}\n"
             lines += "encryption_key\nsigning_key\n"
             options: list[str | Path] = ["--generate-certificate"]
             options += ["--load-ca-certificate", self._cert]
