@@ -47,7 +47,7 @@ from nbdpull.ops.heal import Healer
 from nbdpull.ops.order import Foresight, Order
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
-from nbdpull.ops.threads import in_thread, run_all, worker_count
+from nbdpull.ops.threads import give_way, in_thread, run_all, worker_count
 from nbdpull.ops.trimming import Trimmer, trim_unchanged
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 
@@ -409,6 +409,7 @@ class _Pull:
 
     def puller(self) -> None:
         """A puller thread."""
+        give_way()
         buffer = memoryview(bytearray(FRAME_MAX))
         times = ThreadTimes()
         connections: OrderedDict[str, Connection] = OrderedDict()

@@ -6,20 +6,32 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from nbdpull.nbdio.connection import Cancelled
 
-__all__ = ["call", "in_thread", "run_all", "worker_count"]
+__all__ = ["call", "give_way", "in_thread", "run_all", "worker_count"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _MAX_WORKERS = 16
+_NICE = 10
 
 
 def worker_count() -> int:
     """Threads that keep the cores busy which this process may use, while some of them wait."""
     return min(2 * len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+def give_way() -> None:
+    """Let the calling thread go behind all else that wants the cores: behind the VMs, where they run here.
+
+    A thread has a niceness of its own in Linux, see setpriority(2), and keeps it to its end.
+    """
+    thread = threading.get_native_id()
+    with suppress(OSError):  # where that is forbidden it runs as others do
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 async def in_thread(work: Callable[[threading.Event], _T]) -> _T:

@@ -22,7 +22,7 @@ from tests.support.bootwriter import BootWriter
 from tests.support.disk import MIB, Disk, compare, create_disk, to_raw
 from tests.support.process import run
 from tests.support.tools import QemuTools
-from tests.support.vm import Vm
+from tests.support.vm import StorageDaemon, Vm
 
 KIB = 1 << 10
 BOTH = pytest.mark.parametrize("guest_first", [False, True], ids=["mode-b", "mode-c"])
@@ -229,6 +229,21 @@ def wait_until_refused(scratch: Path, offset: int) -> None:
                 return
             time.sleep(0.02)
     pytest.fail(f"byte {offset} can still be read")
+
+
+def test_disks_of_a_storage_daemon_are_trimmed_too(
+    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = create_disk(tmp_path, "vda", size=20 * MIB + 512, tools=qemu_tools)
+    noise(disk, size=12 * MIB, tools=qemu_tools)
+    with StorageDaemon([disk], tools=qemu_tools) as daemon:
+        done = [keeper.backup(daemon.uri, vm="daemon", trim_scratch=True) for _ in range(2)]
+        assert [one.level for one in done] == ["full", "incremental"]
+        assert not any(daemon.leftovers().values())
+    for one in done:
+        path = keeper.restore(one.backup)[disk.node]
+        compare(path, disk.path, other_format="qcow2", tools=qemu_tools)
+    assert not [one for one in caplog.records if one.name == "nbdpull.ops.trimming"]
 
 
 def test_only_a_private_socket_can_be_trimmed() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdpull.nbdio.connection import Cancelled
-from nbdpull.ops.threads import call, in_thread, run_all, worker_count
+from nbdpull.ops.threads import call, give_way, in_thread, run_all, worker_count
 
 
 def test_result_and_error_come_back() -> None:
@@ -141,3 +141,17 @@ def test_workers_are_counted_by_the_cores_that_may_be_used(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
     assert worker_count() == workers
+
+
+def test_a_thread_that_gives_way_does_so_alone() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    seen = []
+
+    def work() -> None:
+        give_way()
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    run_all([work, work], threading.Event())
+    assert len(seen) == 2
+    assert all(one >= max(before, 5) for one in seen)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
