@@ -136,6 +136,7 @@ def choose_told(
     size: int,
     newest: str | None,
     history: Sequence[Base],
+    doubt: Callable[[Base], str | None] = lambda _base: None,
     unreadable: Callable[[Base], str | None] = lambda _base: None,
 ) -> Decision:
     """Decide for one disk whose changes somebody else keeps, and says since when.
@@ -149,6 +150,7 @@ def choose_told(
         size: bytes of the disk now.
         newest: the chain's last backup.
         history: as for `choose`.
+        doubt: says why a base may not be the last one, although it is the newest that is known.
         unreadable: as for `choose`.
     """
     if wanted in {Level.FULL, Level.COPY}:
@@ -162,6 +164,11 @@ def choose_told(
         problem = f"the chain's last backup, {newest}, has not this disk"
     elif base.size != size:
         problem = f"the disk had {base.size} bytes in backup {base.backup} and has {size} now"
+    elif why := doubt(base):
+        problem = (
+            f"backup {base.backup} may not be the one that '{context}' counts from: {why}; name the one"
+            " that it counts from with --since"
+        )
     elif damage := unreadable(base):
         problem = f"backup {base.backup} can't be built on: {damage}"
     else:

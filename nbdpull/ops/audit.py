@@ -4,18 +4,29 @@ An incremental believes the bitmap: what it calls clean is taken from the parent
 it (a bitmap that was switched off for a while, a tool that opened the image beside QEMU, a bug), every
 later backup would be wrong, and nobody would see it. So a few places that the bitmap calls clean are read
 again: frames must hash to what the manifest says, and what the manifest calls zero must be zero.
+
+One place is not left to chance. When a disk is shrunk and grown again to its old size, QEMU calls the new
+part clean, and its size tells nothing:
+
+    parent      |XXXX.XXXX.XX..XXXX....|          X data, . zero
+    shrunk to           ^
+    now         |XXXX.XXX..............|
+
+So the last clean data of the parent must still be there: what was cut off lay behind it, or it is gone.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, segment_count
+from nbdpull.model.segment import Interval
 from nbdpull.repo.repository import DiskReader, Session
 
 __all__ = ["Audit"]
@@ -48,6 +59,8 @@ class Audit:
             NbdError: the source failed.
             DamagedError: the parent's maps can't be read.
         """
+        if (found := self._tail()) is not None:
+            return found
         rng = random.SystemRandom()
         segments = self.parent.manifest.segments
         mapped = [index for index, ref in enumerate(segments) if ref is not None]
@@ -61,6 +74,63 @@ class Audit:
                 if (found := look(rng, index, kinds)) is not None:
                     return found
         return None
+
+    def _tail(self) -> str | None:
+        """Where data is gone although the bitmap calls it clean, looked for from the disk's end."""
+        segments = self.parent.manifest.segments
+        last = len(segments) - 1
+        for index in range(last, -1, -1):
+            if segments[index] is None and index != last:
+                continue
+            kinds = self.kinds_of(index)
+            if index == last and (found := self._last_grain(index, kinds)) is not None:
+                return found
+            for interval in reversed(self._map(index)):
+                clean = kinds[interval.start : interval.start + interval.n] == Kind.CLEAN
+                seen = self._is_there(index, interval, np.flatnonzero(clean).tolist())
+                if seen is not None:
+                    return seen or None
+        return None
+
+    def _is_there(self, index: int, interval: Interval, clean: Sequence[int]) -> str | None:
+        """Whether clean grains of an interval are as they were: empty, or what is wrong; None: can't be told."""
+        if not clean:
+            return None
+        start = index * SEGMENT + interval.start * GRAIN
+        first, end = clean[0] * GRAIN, (clean[-1] + 1) * GRAIN
+        there = self.read(start + first, min(end - first, self.size - start - first))
+        wrong = _cut(start + first, start + first + len(there))
+        try:
+            then = self.parent.read(interval)[first:end]
+        except DamagedError:
+            return None
+        except WrongKeyError:
+            # A writer's key opens no data. What was cut off and is back is all zero.
+            return "" if any(there) else wrong
+        parts = [slice(at * GRAIN - first, (at + 1) * GRAIN - first) for at in clean]
+        if any(there[part] != then[part] for part in parts):
+            return wrong
+        return "" if any(any(then[part]) for part in parts) else None
+
+    def _map(self, index: int) -> Sequence[Interval]:
+        """The parent's intervals of a segment; none where its map is damaged, which healing deals with."""
+        try:
+            return tuple(self.parent.segment(index))
+        except DamagedError:
+            return ()
+
+    def _last_grain(self, index: int, kinds: Kinds) -> str | None:
+        """Whether the disk's very end, clean and zero then, is zero now: some storage grows with old data."""
+        last = len(kinds) - 1
+        intervals = self._map(index)
+        covered = bool(intervals) and intervals[-1].start + intervals[-1].n > last
+        mapped = self.parent.manifest.segments[index] is not None
+        if kinds[last] != Kind.CLEAN or covered or (mapped and not intervals):
+            return None
+        offset = index * SEGMENT + last * GRAIN
+        if not any(self.read(offset, self.size - offset)):
+            return None
+        return _cut(offset, self.size)
 
     def _frame(self, rng: random.Random, index: int, kinds: Kinds) -> str | None:
         # It is asked for what is to be read, and here that is what is clean.
@@ -86,3 +156,10 @@ class Audit:
         return (
             f"bytes {offset} to {offset + length} are zero no more, and the bitmap calls them clean"
         )
+
+
+def _cut(start: int, end: int) -> str:
+    return (
+        f"bytes {start} to {end} are not what they were, and the bitmap calls them clean, as when the disk"
+        " was shrunk and grown again"
+    )

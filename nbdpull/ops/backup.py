@@ -42,6 +42,7 @@ from nbdpull.model.results import (
 )
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.nbdio.tls import Tls, look_at_tls
+from nbdpull.ops.disknames import check_names
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.lineage import Chain, backup_level, known_disks, parent_of
 from nbdpull.ops.pull import DiskPull, pull
@@ -194,6 +195,9 @@ async def backup(
     check_source(options.source, qemu)
     if options.since is not None and not options.bitmaps:
         raise UsageError("--since is about the changes that --bitmap tells; give both, or neither")
+    check_names("chain", [options.chain])
+    check_names("tag", options.tags)
+    check_names("VM", [options.vm])
     repository = await call(Repository.open, options.repository, write=True, keys=options.keys)
     await call(repository.check_original)
 
@@ -208,6 +212,7 @@ async def backup(
             vm, warning = await source.vm_name()
             if warning is not None:
                 say(warning)
+            check_names("VM", [vm])
         chain = await call(
             Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
         )
@@ -221,6 +226,7 @@ async def backup(
         stack.callback(reuse.close)
         await _recover(source, options, chain, say)
         disks = await source.disks(include=options.include, exclude=options.exclude)
+        check_names("disk", (disk.name for disk in disks))
         backup_id = BackupId(secrets.token_hex(8))
         chosen = []
         for disk in disks:
@@ -233,7 +239,7 @@ async def backup(
                 decision = replace(decision, reason=reason)
             checkpoint = None
             if decision.level is not Level.COPY and disk.records:
-                checkpoint = checkpoint_name(chain.id, backup_id)
+                checkpoint = checkpoint_name(chain.id, backup_id, disk.name)
             chosen.append(
                 _Chosen(
                     disk=disk, decision=decision, parent=parent, like=like, checkpoint=checkpoint
@@ -339,7 +345,7 @@ class _Run:
                     trims=served.trims,
                     parent=reader,
                     session=session,
-                    audit=self.options.audit if served.whole else 0,
+                    audit=self.options.audit if served.whole else None,
                     healer=Healer(self.repository, session, reader, size=one.disk.size),
                 )
             )

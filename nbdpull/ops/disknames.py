@@ -1,16 +1,33 @@
-"""What to call disks that only their ids are known of."""
+"""Disks' names: what to call those that only their ids are known of, and what no name can be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from nbdpull.errors import UsageError
 from nbdpull.model.ids import DiskId
 from nbdpull.repo.repository import Repository
 
-__all__ = ["disk_names"]
+__all__ = ["check_names", "disk_names"]
 
 
 def disk_names(repository: Repository, ids: Iterable[DiskId]) -> tuple[str, ...]:
     """The disks' names, as other backups tell them; the id itself where none does."""
     known = {summary.disk_id: summary.disk for summary in repository.summaries()}
     return tuple(known.get(disk, disk) for disk in ids)
+
+
+def check_names(what: str, names: Iterable[str | None]) -> None:
+    """See that names are texts that can be stored.
+
+    Raises:
+        UsageError: one has half of a surrogate pair: an argument that is no UTF-8, or a broken escape in JSON.
+    """
+    for name in names:
+        try:
+            (name or "").encode()
+        except UnicodeEncodeError as exc:
+            raise UsageError(
+                f"{what} {name!a} is no text that can be stored (not UTF-8 at character {exc.start});"
+                " give another name"
+            ) from exc

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable
 
 from nbdpull.errors import DamagedError, RepositoryError, UsageError, WrongKeyError
@@ -10,7 +12,8 @@ from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import Level
 from nbdpull.ops.heal import lost_segments
-from nbdpull.repo.repository import Backup, Repository
+from nbdpull.ops.threads import run_all, worker_count
+from nbdpull.repo.repository import Backup, DiskReader, Repository
 from nbdpull.source.base import Disk, Known, KnownDisk
 from nbdpull.source.names import chain_id
 
@@ -31,7 +34,10 @@ class Chain:
         self.chain = chain
         self.sees_changes_only = sees_changes_only
         self.id = chain_id(repository.id, vm, chain)
-        self._all: dict[str, Backup] = {found.id: found for found in repository.backups()}
+        self._ever = repository.backups(forgotten=True)
+        self._all: dict[str, Backup] = {
+            found.id: found for found in self._ever if found.forgotten is None
+        }
         self._manifests: dict[str, Manifest] = {}
         self.backups = sorted(
             (
@@ -68,8 +74,12 @@ class Chain:
                 return str(exc)
             if missing:
                 return f"the repository misses {missing[0]}, which it refers to"
-            if self.sees_changes_only and lost_segments(self.repository.damage.lost(), manifest):
-                return "frames that it refers to are damaged, and --guest-first shows only changes"
+            if self.sees_changes_only:
+                seen = "and --guest-first shows only changes"
+                if lost_segments(self.repository.damage.lost(), manifest):
+                    return f"frames that it refers to are damaged, {seen}"
+                if (problem := _unreadable_map(self.repository.reader(manifest))) is not None:
+                    return f"{problem}, {seen}"
             self._manifests[f"{disk}/{base.backup}"] = manifest
             return None
 
@@ -78,6 +88,56 @@ class Chain:
     def manifest(self, disk: str, base: Base) -> Manifest:
         """The manifest of a base that passed `unreadable`."""
         return self._manifests[f"{disk}/{base.backup}"]
+
+    def doubt(self, disk: str, *, fulls: bool) -> Callable[[Base], str | None]:
+        """A check whether there may have been a later backup than a base: `choose_told` asks it.
+
+        Whoever keeps the changes counts them from the last backup, whatever became of it here.
+
+        Args:
+            disk: its name.
+            fulls: only later fulls count.
+        """
+        by_backup = {summary.backup: summary for summary in self.summaries(disk)}
+
+        def check(base: Base) -> str | None:
+            own = by_backup[BackupId(base.backup)]
+            if own.time > time.time():
+                return "its time is still to come, so clocks were set, and which is the last can't be told"
+            later = (self._later(own, other, fulls=fulls) for other in self._ever)
+            return next(filter(None, later), None) or self._vanished_later(own)
+
+        return check
+
+    def _later(self, own: Summary, other: Backup, *, fulls: bool) -> str | None:
+        """Why another backup may be later than this disk's newest one."""
+        if (
+            (other.vm, other.chain) != (self.vm, self.chain)
+            or other.id == own.backup
+            or other.level is Level.COPY
+        ):
+            return None
+        there = [one for one in other.disks if one.disk == own.disk]
+        if fulls and there and there[0].disk_level is not Level.FULL:
+            return None
+        after = other.time >= own.time or (not fulls and other.parent == own.backup)
+        if after and other.forgotten is not None:
+            return f"backup {other.id} is later, and is forgotten"
+        if after and not other.complete:
+            return f"backup {other.id} is later, and is incomplete"
+        if after or (there and other.stored > self._all[own.backup].stored):
+            return f"backup {other.id} was stored later, by clocks that don't agree"
+        return None
+
+    def _vanished_later(self, own: Summary) -> str | None:
+        """Why there may have been a later backup of which not even the time is known."""
+        for one in self.repository.vanished(self.vm, own.disk):
+            if one.damaged:
+                return f"manifest {one.key} can't be read, and may be of a later one"
+            # The disk's own session, where it was committed again, began while it was made.
+            if one.began > own.time + own.duration_s:
+                return "a later backup of the disk was forgotten and is gone"
+        return None
 
     def choose(
         self, disk: Disk, wanted: Level | None, since: str | None
@@ -97,6 +157,7 @@ class Chain:
             for summary in self.summaries(disk.name)
         ]
         if disk.told is not None:
+            fulls = wanted is Level.DIFFERENTIAL
             newest = self.backups[0].id if self.backups else None
             decision = choose_told(
                 wanted,
@@ -104,9 +165,9 @@ class Chain:
                 size=disk.size,
                 newest=newest,
                 history=history,
+                doubt=(lambda _base: None) if since else self.doubt(disk.name, fulls=fulls),
                 unreadable=self.unreadable(disk.name),
             )
-            fulls = wanted is Level.DIFFERENTIAL
             last = [one.backup for one in history if not fulls or one.level is Level.FULL][:1]
             if since is not None and not any(backup.startswith(since) for backup in last):
                 raise UsageError(
@@ -153,6 +214,28 @@ class Chain:
             if summary.disk_level is Level.FULL:
                 return summary.checkpoint
         return None
+
+
+def _unreadable_map(reader: DiskReader) -> str | None:
+    """What is wrong with the first map of a backup that can't be read, or None."""
+    left = iter([index for index, ref in enumerate(reader.manifest.segments) if ref is not None])
+    lock = threading.Lock()
+    problems: list[str] = []
+
+    def work() -> None:
+        while not problems:
+            with lock:
+                index = next(left, None)
+            if index is None:
+                return
+            try:
+                reader.segment(index)
+            except DamagedError as exc:
+                problems.append(str(exc))
+
+    # Many readers: in an object store each map is a request.
+    run_all([work] * worker_count(), threading.Event())
+    return problems[0] if problems else None
 
 
 def backup_level(decisions: Iterable[Decision]) -> Level:

@@ -16,6 +16,8 @@ __all__ = ["ListOptions", "backup_info", "disk_names", "list_backups"]
 
 _log = logging.getLogger(__name__)
 
+_LISTED = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListOptions:
@@ -54,6 +56,15 @@ def _list(options: ListOptions) -> tuple[BackupInfo, ...]:
         # The backup it belongs to can't be told, and must not just be absent.
         _log.warning("%s", damage)
     names = disk_names(found)
+    vms = sorted({backup.vm for backup in found})
+    if options.vm is not None and vms and options.vm not in vms:
+        more = f" and {len(vms) - _LISTED} more" if len(vms) > _LISTED else ""
+        _log.warning(
+            "no backup is of a VM '%s'; there are backups of %s%s",
+            options.vm,
+            ", ".join(f"'{vm}'" for vm in vms[:_LISTED]),
+            more,
+        )
     chosen = [
         backup_info(backup, names)
         for backup in found

@@ -90,7 +90,8 @@ class DiskPull:
         trims: what is not read any more is given back, see `nbdpull.ops.trimming`.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
-        audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean.
+        audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean, besides
+            the last ones; None where what is clean can't be read.
         lie: set when the audit found that it is wrong: then the disk was read in full.
         healer: what of this disk the repository lost; None when nothing is known to be.
     """
@@ -101,7 +102,7 @@ class DiskPull:
     context: str | None
     parent: DiskReader | None
     session: Session
-    audit: int = 0
+    audit: int | None = None
     lie: list[str] = field(default_factory=list)
     healer: Healer | None = None
     granularity: int = GRAIN
@@ -318,7 +319,8 @@ class _Pull:
         return read
 
     def _audit(self, disk: DiskPull, connection: Connection, second: Connection) -> str | None:
-        if not disk.audit or disk.parent is None or disk.context is None:
+        parent = disk.parent
+        if disk.audit is None or parent is None or disk.context is None:
             return None
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
 
@@ -336,7 +338,7 @@ class _Pull:
         audit = Audit(
             count=disk.audit,
             size=disk.size,
-            parent=disk.parent,
+            parent=parent,
             session=disk.session,
             kinds_of=kinds_of,
             read=read,

@@ -14,7 +14,7 @@ from nbdpull.model.ids import BackupId, DiskId
 from nbdpull.model.manifest import Summary
 from nbdpull.model.results import Level
 
-__all__ = ["Backup", "Entry", "group"]
+__all__ = ["Backup", "Entry", "Vanished", "group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,24 @@ class Entry:
     def pin(self) -> str:
         """What names it in pins and marks."""
         return f"{self.summary.disk_id}/{self.summary.session}"
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A manifest of which only the name is known.
+
+    Attributes:
+        key: its key.
+        damaged: it is there and can't be read; else a collector deleted it, or is about to.
+    """
+
+    key: str
+    damaged: bool
+
+    @property
+    def began(self) -> float:
+        """When its session began, by the clock of the host that wrote it; seconds since the Unix epoch."""
+        return int(self.key.rpartition("/")[2][:12], 16) / 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from nbdpull.model.manifest import (
 )
 from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo import marks as marking
-from nbdpull.repo.catalog import Backup, Entry, group
+from nbdpull.repo.catalog import Backup, Entry, Vanished, group
 from nbdpull.repo.collect import Collector
 from nbdpull.repo.copier import REPLICA, Copier, replica_mark
 from nbdpull.repo.damage import DamageRecords
@@ -75,6 +75,7 @@ __all__ = [
     "ParentGoneError",
     "Repository",
     "Session",
+    "Vanished",
 ]
 
 _HEAD_READ: Final = 16 << 10
@@ -379,6 +380,18 @@ class Repository:
         marks = marking.read_marks(self._store)
         found = group(self._entries(marks)[0], protected=marks.protected)
         return [backup for backup in found if forgotten or backup.forgotten is None]
+
+    def vanished(self, vm: str, disk: str) -> list[Vanished]:
+        """What once were backups of a disk, or may have been: their manifests can't be read any more."""
+        own = disk_id(vm, disk, None if self._vault is None else self._vault.ring.digest_key)
+        marks = marking.read_marks(self._store)
+        entries, unreadable = self._entries(marks)
+        damaged = {exc.key for exc in unreadable}
+        # One that is forgotten and damaged is not told of there.
+        damaged |= {f"m/{pin}" for pin in marks.forgotten} - {f"m/{one.pin}" for one in entries}
+        gone = {f"m/{pin}" for pin in marks.tombstones}
+        found = [Vanished(key, damaged=key not in gone) for key in sorted(damaged | gone)]
+        return [one for one in found if one.key.startswith(f"m/{own}/")]
 
     def find(self, name: str, *, vm: str | None = None, forgotten: bool = False) -> Backup:
         """The backup with an id, a unique prefix of one, or the newest complete one for ``latest``.

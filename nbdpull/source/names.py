@@ -5,9 +5,10 @@
     np-<run>-life-<chain>[-nbd]                chardev: there and connected while the run lives, see `lifeline`;
                                                with -nbd the run starts the NBD server
     np-<run>-exp                               bitmap: what this run exports; gone when it ends
-    nbdpull-<chain>-<backup>                   bitmap: a checkpoint; records what changed since a backup
+    nbdpull-<chain>-<backup>-<disk>            bitmap: a checkpoint; records what changed since a backup
 
 `run` is the first 8 hex digits of the backup's id, so that a run and its checkpoint find each other.
+`disk` is of the disk's name: when images are swapped between two disks, neither finds its own checkpoint.
 Node names have at most 31 characters (QEMU's limit).
 """
 
@@ -31,7 +32,8 @@ __all__ = [
 
 _RUN: Final = re.compile(r"np-([0-9a-f]{8})-[a-z]+[0-9]*")
 _LIFE: Final = re.compile(r"np-([0-9a-f]{8})-life-([0-9a-f]{12})(-nbd)?")
-_CHECKPOINT: Final = re.compile(r"nbdpull-([0-9a-f]{12})-([0-9a-f]{16})")
+# Earlier ones had no disk in their names, and are there as long as their chains go on.
+_CHECKPOINT: Final = re.compile(r"nbdpull-([0-9a-f]{12})-([0-9a-f]{16})(-[0-9a-f]{12})?")
 
 ChainId = str
 """12 hex digits that stand for a chain in bitmap names."""
@@ -47,9 +49,9 @@ def chain_id(repository: str, vm: str, chain: str) -> ChainId:
     return digest.hexdigest()[:12]
 
 
-def checkpoint_name(chain: ChainId, backup: str) -> str:
-    """Name of the bitmap that records from `backup` on."""
-    return f"nbdpull-{chain}-{backup}"
+def checkpoint_name(chain: ChainId, backup: str, disk: str) -> str:
+    """Name of the bitmap that records from `backup` on what changes on the disk of that name."""
+    return f"nbdpull-{chain}-{backup}-{blake3(disk.encode()).hexdigest()[:12]}"
 
 
 def checkpoint_parts(name: str) -> tuple[ChainId, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,76 @@ def test_resized_disk_is_read_in_full_alone(
         again = keeper.backup(vm.uri)
         assert levels(again) == {"vda": "incremental", "vdb": "incremental"}
         check(keeper, vm, again, [disk, other], qemu_tools)
+
+
+@pytest.mark.parametrize(
+    ("size", "last"),
+    [(48 * MIB, "write -P 3 60M 1M"), (64 * MIB - 65536, "write -P 3 20M 1M")],
+    ids=["much", "one-cluster"],
+)
+def test_a_disk_that_was_shrunk_and_grown_again_is_read_in_full(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path, size: int, last: str
+) -> None:
+    """QEMU calls the part that is back clean, and the size is what it was."""
+    other = create_disk(tmp_path, "vdb", tools=qemu_tools)
+    with Vm([disk, other], tools=qemu_tools) as vm:
+        for name in ("vda", "vdb"):
+            vm.qemu_io(name, "write -P 1 0 16M")
+            vm.qemu_io(name, "write -P 2 52M 12M")
+        keeper.backup(vm.uri)
+        vm.block_resize("vda", size)
+        vm.block_resize("vda", 64 * MIB)
+        for name in ("vda", "vdb"):
+            vm.qemu_io(name, last)
+        result = keeper.backup(vm.uri, audit=0)
+        assert levels(result) == {"vda": "full", "vdb": "incremental"}
+        assert "shrunk and grown again" in reason(result, "vda")
+        assert len(result.warnings) == 1
+        check(keeper, vm, result, [disk, other], qemu_tools)
+        vm.qemu_io("vda", "write -P 4 1M 64k")
+        again = keeper.backup(vm.uri, audit=0)
+        assert levels(again) == {"vda": "incremental", "vdb": "incremental"}
+        assert again.warnings == ()
+        check(keeper, vm, again, [disk, other], qemu_tools)
+
+
+def test_a_disk_that_was_shrunk_by_a_sector_and_grown_again_is_exact(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk
+) -> None:
+    """Inside a cluster of qcow2 nothing is cut off, or QEMU writes zeroes there: either is no lie."""
+    with Vm([disk], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 2 52M 12M")
+        keeper.backup(vm.uri)
+        vm.block_resize("vda", 64 * MIB - 512)
+        vm.block_resize("vda", 64 * MIB)
+        vm.qemu_io("vda", "write -P 3 1M 64k")
+        result = keeper.backup(vm.uri)
+        assert result.warnings == ()
+        check(keeper, vm, result, [disk], qemu_tools)
+
+
+def test_images_that_changed_places_are_read_in_full(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    """Both have checkpoints of the same backup and the same size."""
+    other = create_disk(tmp_path, "vdb", tools=qemu_tools)
+    with Vm([disk, other], tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 1 0 4M")
+        vm.qemu_io("vdb", "write -P 2 8M 4M")
+        keeper.backup(vm.uri)
+        vm.quit()
+    swapped = [replace(disk, path=other.path), replace(other, path=disk.path)]
+    with Vm(swapped, tools=qemu_tools) as vm:
+        vm.qemu_io("vda", "write -P 3 1M 64k")
+        result = keeper.backup(vm.uri)
+        assert levels(result) == {"vda": "full", "vdb": "full"}
+        check(keeper, vm, result, swapped, qemu_tools)
+        # What the other disk's checkpoints were went with the old ones.
+        assert [len(vm.bitmaps(name)) for name in ("vda", "vdb")] == [1, 1]
+        vm.qemu_io("vda", "write -P 4 2M 64k")
+        again = keeper.backup(vm.uri)
+        assert levels(again) == {"vda": "incremental", "vdb": "incremental"}
+        check(keeper, vm, again, swapped, qemu_tools)
 
 
 def test_removed_bitmap_costs_one_disk_a_full(

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,33 @@ def test_a_link_is_called_by_its_own_name(tools: QemuTools, keeper: Keeper, tmp_
     assert [one.name for one in result.disks] == ["vda"]
     with pytest.raises(nbdpull.UsageError, match="is given 2 times"):
         keeper.backup([f"disk:a={link}", f"disk:b={disk.path}"], vm="web")
+
+
+def test_images_that_changed_places_are_read_in_full(
+    tools: QemuTools, keeper: Keeper, disks: list[Disk]
+) -> None:
+    io(disks[0], "write -P 1 0 4M", tools=tools)
+    io(disks[1], "write -P 2 8M 4M", tools=tools)
+    keeper.backup(sources(disks, named=True), vm="web")
+    swapped = [replace(disks[0], path=disks[1].path), replace(disks[1], path=disks[0].path)]
+    result = keeper.backup(sources(swapped, named=True), vm="web")
+    assert levels(result) == ["full", "full"]
+    check(keeper, result, swapped)
+    assert [len(bitmaps(disk)) for disk in swapped] == [1, 1]
+    again = keeper.backup(sources(swapped, named=True), vm="web")
+    assert levels(again) == ["incremental", "incremental"]
+
+
+def test_images_without_names_go_by_their_own_checkpoints(
+    tools: QemuTools, keeper: Keeper, disks: list[Disk]
+) -> None:
+    """One size and foreign file names: each checkpoint says whose it is."""
+    io(disks[0], "write -P 1 0 4M", tools=tools)
+    keeper.backup(sources(disks, named=True), vm="web")
+    moved = []
+    for disk, name in zip(disks, ("left", "right"), strict=True):
+        moved.append(replace(disk, path=disk.path.rename(disk.path.with_name(f"{name}.qcow2"))))
+    result = keeper.backup([f"disk:{disk.path}" for disk in reversed(moved)])
+    assert {disk.name for disk in result.disks} == {"vda", "vdb"}
+    assert levels(result) == ["incremental", "incremental"]
+    check(keeper, result, moved)

@@ -55,11 +55,20 @@ def test_other_names_are_not_ours(name: str) -> None:
 
 def test_checkpoint_is_known_by_chain_and_backup() -> None:
     chain = chain_id("repository", "vm", "default")
-    name = checkpoint_name(chain, BACKUP)
+    name = checkpoint_name(chain, BACKUP, "vda")
     assert checkpoint_parts(name) == (chain, BACKUP)
     assert run_of(name) is None
     for other in (name + "0", name[:-1], name.upper(), "x" + name, name + "\n"):
         assert checkpoint_parts(other) is None
+
+
+def test_each_disk_has_a_checkpoint_of_its_own() -> None:
+    chain = chain_id("repository", "vm", "default")
+    assert checkpoint_name(chain, BACKUP, "vda") != checkpoint_name(chain, BACKUP, "vdb")
+
+
+def test_checkpoints_of_earlier_versions_name_no_disk_and_are_ours() -> None:
+    assert checkpoint_parts(f"nbdpull-d3505872658b-{BACKUP}") == ("d3505872658b", BACKUP)
 
 
 def test_chain_id_is_what_it_was_in_every_version() -> None:
