@@ -15,7 +15,7 @@ time: all these directories fit in memory where all their indexes would not.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -51,8 +51,11 @@ __all__ = [
     "TABLE_MAX",
     "Directory",
     "IndexTable",
+    "PackFacts",
     "PackPlace",
     "encode_index",
+    "encode_table",
+    "index_envelope",
 ]
 
 PACKS_PER_INDEX: Final = 64
@@ -289,6 +292,56 @@ def _table_bounds(raw: bytes, count: int, *, sealed: bool) -> tuple[int, int]:
     return begin, begin + count * _SEALED_ROW.itemsize + SEAL_OVERHEAD
 
 
+class PackFacts(NamedTuple):
+    """What the table of an index says of one pack; the pack's own ends say the same.
+
+    Attributes:
+        seq: its number in the session.
+        frames: in its directory.
+        size: of the whole pack in bytes.
+        digest: BLAKE3 of its directory as stored.
+        salt: of its keys; empty where nothing is encrypted.
+    """
+
+    seq: int
+    frames: int
+    size: int
+    digest: bytes
+    salt: bytes = b""
+
+
+def encode_table(
+    sid: SessionId, number: int, packs: Sequence[PackFacts], keys: SessionKeys | None = None
+) -> bytes:
+    """Head and table as stored: what the manifest has the BLAKE3 of.
+
+    Args:
+        sid: the session.
+        number: of the index in the session.
+        packs: in order.
+        keys: of the session; None where nothing is encrypted.
+    """
+    rows = np.zeros(len(packs), dtype=_ROW if keys is None else _SEALED_ROW)
+    for at, facts in enumerate(packs):
+        row: Any = rows[at]
+        row["seq"], row["frames"], row["size"] = facts.seq, facts.frames, facts.size
+        row["digest"] = np.frombuffer(facts.digest, dtype="V32")[0]
+        if keys is not None:
+            row["salt"] = np.frombuffer(facts.salt, dtype=f"V{SALT_SIZE}")[0]
+    magic = _MAGIC if keys is None else _SEALED_MAGIC
+    top = _HEAD.pack(magic, bytes.fromhex(sid), number, len(packs))
+    if keys is None:
+        return top + rows.tobytes()
+    top += len(keys.envelope).to_bytes(_ENVELOPE_LENGTH, "little") + keys.envelope
+    return top + keys.seal(_PURPOSE, rows.tobytes(), top)
+
+
+def index_envelope(raw: bytes) -> bytes:
+    """The sealed keys that an index of an encrypted session seems to have; nothing of it is checked."""
+    begin = _HEAD.size + _ENVELOPE_LENGTH
+    return raw[begin : begin + int.from_bytes(raw[_HEAD.size : begin], "little")]
+
+
 def encode_index(
     sid: SessionId,
     number: int,
@@ -303,22 +356,13 @@ def encode_index(
         packs: their directories; with `keys` each has keys of its own.
         keys: of the session; None where nothing is encrypted.
     """
-    rows = np.zeros(len(packs), dtype=_ROW if keys is None else _SEALED_ROW)
+    facts = []
     directories = []
-    for at, (seq, directory) in enumerate(sorted(packs.items())):
+    for seq, directory in sorted(packs.items()):
         raw = directory.encode()
-        row: Any = rows[at]
-        row["seq"], row["frames"] = seq, len(directory.entries)
-        row["size"] = directory.pack_size
-        row["digest"] = np.frombuffer(blake3(raw).digest(), dtype="V32")[0]
-        if directory.keys is not None:
-            row["salt"] = np.frombuffer(directory.keys.salt, dtype=f"V{SALT_SIZE}")[0]
+        salt = b"" if directory.keys is None else directory.keys.salt
+        digest = blake3(raw).digest()
+        facts.append(PackFacts(seq, len(directory.entries), directory.pack_size, digest, salt))
         directories.append(raw)
-    magic = _MAGIC if keys is None else _SEALED_MAGIC
-    top = _HEAD.pack(magic, bytes.fromhex(sid), number, len(packs))
-    if keys is None:
-        top += rows.tobytes()
-    else:
-        top += len(keys.envelope).to_bytes(_ENVELOPE_LENGTH, "little") + keys.envelope
-        top += keys.seal(_PURPOSE, rows.tobytes(), top)
+    top = encode_table(sid, number, facts, keys)
     return top + b"".join(directories), blake3(top).digest()

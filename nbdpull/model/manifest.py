@@ -43,6 +43,7 @@ __all__ = [
     "SessionRef",
     "Summary",
     "decode_summary",
+    "manifest_envelope",
     "register_kind",
     "summary_end",
 ]
@@ -259,6 +260,15 @@ def _read_head(raw: bytes) -> _Head:
     return _Head(
         suite, envelope_end, envelope_end + summary, packed, body, repository.hex(), digest
     )
+
+
+def manifest_envelope(raw: bytes) -> bytes:
+    """The sealed keys of the session; nothing of them is checked. `raw` may end anywhere behind them.
+
+    Raises:
+        FormatError: it is no manifest.
+    """
+    return raw[HEAD_SIZE : _read_head(raw).envelope_end]
 
 
 def summary_end(head: bytes) -> int:

@@ -69,7 +69,7 @@ class Chain:
         def check(base: Base) -> str | None:
             try:
                 manifest = self.repository.manifest(by_backup[BackupId(base.backup)])
-                missing = self.repository.reader(manifest).missing_packs(copies=False)
+                missing = self.repository.missing(manifest)
             except (DamagedError, RepositoryError, WrongKeyError) as exc:
                 return str(exc)
             if missing:

@@ -17,7 +17,7 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.repo.damage import KNOWN_MAX, Pack
 from nbdpull.repo.repository import DiskReader, Repository
 
-__all__ = ["Suspect", "damaged_frame", "record_damage", "record_lost", "suspects"]
+__all__ = ["Suspect", "damaged_frame", "mend_indexes", "record_damage", "record_lost", "suspects"]
 
 _log = logging.getLogger(__name__)
 
@@ -139,6 +139,17 @@ def record_damage(repository: Repository, rows: list[DamagedFrame]) -> int:
     except StoreError as exc:
         _log.warning("the damage can't be recorded, so no backup will heal it: %s", exc)
         return 0
+
+
+def mend_indexes(repository: Repository, reader: DiskReader) -> set[str]:
+    """Put indexes back that are gone, where the repository can be written; the keys of these."""
+    if not reader.rebuilt or repository.config.unknown("write") is not None:
+        return set()
+    try:
+        return repository.mend(reader)
+    except StoreError as exc:
+        _log.warning("what is gone can't be put back: %s", exc)
+        return set()
 
 
 def record_lost(

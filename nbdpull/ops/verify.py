@@ -37,7 +37,7 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.findings import Damages, Findings, Keys, Seen
-from nbdpull.ops.lost import Suspect, damaged_frame, record_damage, suspects
+from nbdpull.ops.lost import Suspect, damaged_frame, mend_indexes, record_damage, suspects
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.damage import KNOWN_MAX, Pack
@@ -202,6 +202,19 @@ class _Verify:
             self._read_around(reader, packs)
         meter.end()
         self._healed |= reader.healed
+        self._tell_indexes(reader)
+
+    def _tell_indexes(self, reader: DiskReader) -> None:
+        """Tell of indexes that their packs stood in for, and put those back that are gone."""
+        mended = mend_indexes(self._repository, reader) if self._options.record else set()
+        for damage in reader.rebuilt.values():
+            what = "no frame is lost because of that: its packs say the same"
+            done = (
+                "it is put back"
+                if damage.key in mended
+                else "delete it and verify again to have it made anew"
+            )
+            self._damages.add(damage.key, f"{damage}; {what}; {done}")
 
     def _check_packs(self, summary: Summary, reader: DiskReader) -> Iterator[tuple[int, int]]:
         """Compare the sizes of the packs with what the store lists; those that are as written."""

@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 
 REPLICA: Final = "replica.json"
 """The object that says that a repository is a replica."""
-_INDEX_MAX: Final = 16 << 20
 _WORKERS: Final = 3  # each holds a pack
 
 
@@ -164,7 +163,7 @@ class Copier:
     def _is_whole(self, manifests: Sequence[Manifest]) -> bool:
         return all(
             there(self._target, f"m/{pin_of(one)}")
-            and not self._reader(self._target, one).missing_packs()
+            and not self._reader(self._target, one).missing_packs(indexes=True)
             for one in manifests
         )
 
@@ -238,12 +237,9 @@ class Copier:
         self, reader: DiskReader, session: int, number: int, sizes: Mapping[str, int]
     ) -> None:
         key = f"x/{reader.manifest.sessions[session].sid}/{number}"
-        raw = self._get(key, _INDEX_MAX)
-        if self._is_there(key, len(raw), sizes):
-            return
-        with self._held.holding(key, raw):
-            reader.directories(session, number)
-        self._create(key, raw)
+        raw = reader.index_object(session, number)
+        if not self._is_there(key, len(raw), sizes):
+            self._create(key, raw)
 
     # -- what was stored anew ----------------------------------------------------------------------
 

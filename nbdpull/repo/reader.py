@@ -5,6 +5,8 @@ table) -> frame (digest in the directory)
 
 Where the repository is encrypted, each of these is also authenticated as what its session sealed for that
 very place, and decrypted, before anything in it is looked at.
+An index that is lost or damaged is made again from its packs (`repo.rebuild`); what comes out must have the
+digests of this chain.
 A frame that is damaged is looked for where a later session stored it anew (`repo.damage`): what is found
 there must have the digest that this chain ends in.
 """
@@ -37,12 +39,20 @@ from nbdpull.model.frame import (
 )
 from nbdpull.model.grain import GRAIN, segment_grains
 from nbdpull.model.ids import SessionId
-from nbdpull.model.index import PACKS_PER_INDEX, TABLE_MAX, Directory, IndexTable, PackPlace
+from nbdpull.model.index import (
+    PACKS_PER_INDEX,
+    TABLE_MAX,
+    Directory,
+    IndexTable,
+    PackPlace,
+    encode_index,
+)
 from nbdpull.model.manifest import Manifest, SessionRef
 from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.ranges import Fetched, fetch
+from nbdpull.repo.rebuild import pack_directory, rebuilt_table
 from nbdpull.repo.store import KeyMissingError, Store
 from nbdpull.repo.vault import Vault
 
@@ -87,6 +97,7 @@ class DiskReader:
 
     Attributes:
         healed: places of the damaged frames that were read from a copy.
+        rebuilt: what was wrong with each index, by (session, number), in whose place its packs were read.
     """
 
     def __init__(
@@ -101,6 +112,8 @@ class DiskReader:
         self._records = records
         self._others: dict[SessionRef, DiskReader] = {}
         self.healed: set[Place] = set()
+        self.rebuilt: dict[tuple[int, int], DamagedError] = {}
+        self._hopeless: set[tuple[int, int]] = set()
         self._digests = [dict(session.index) for session in manifest.sessions]
         self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
         self._directories: _Cache[Directory] = _Cache(_DIRECTORIES_KEPT)
@@ -118,23 +131,45 @@ class DiskReader:
 
     def _table(self, session: int, number: int) -> IndexTable:
         def load() -> tuple[IndexTable, int]:
-            key = self._index_key(session, number)
-            digest = self._digests[session].get(number)
-            if digest is None:
-                raise DamagedError(f"the manifest does not vouch for {key}", key=key)
-            with _damage(f"session index {key}", key):
-                raw = self._store.get_range(key, 0, TABLE_MAX)
-                sid = self.manifest.sessions[session].sid
-                table = IndexTable.decode(
-                    raw,
-                    sid=sid,
-                    number=number,
-                    digest=digest,
-                    open_keys=None if self._vault is None else self._vault.opener(sid),
-                )
-            return table, len(raw)
+            try:
+                return self._read_table(session, number)
+            except DamagedError as exc:
+                return self._rebuild_table(session, number, exc), TABLE_MAX
 
         return self._tables.get((session, number), load)
+
+    def _read_table(self, session: int, number: int) -> tuple[IndexTable, int]:
+        key = self._index_key(session, number)
+        digest = self._digests[session].get(number)
+        if digest is None:
+            raise DamagedError(f"the manifest does not vouch for {key}", key=key)
+        with _damage(f"session index {key}", key):
+            raw = self._store.get_range(key, 0, TABLE_MAX)
+            sid = self.manifest.sessions[session].sid
+            table = IndexTable.decode(
+                raw,
+                sid=sid,
+                number=number,
+                digest=digest,
+                open_keys=None if self._vault is None else self._vault.opener(sid),
+            )
+        return table, len(raw)
+
+    def _rebuild_table(self, session: int, number: int, damage: DamagedError) -> IndexTable:
+        """The table, from the packs; `damage` is raised when they don't give it."""
+        digest = self._digests[session].get(number)
+        if digest is None or (session, number) in self._hopeless:
+            raise damage
+        sid = self.manifest.sessions[session].sid
+        try:
+            table = rebuilt_table(self._store, self._vault, sid=sid, number=number, digest=digest)
+        except FormatError as exc:
+            self._hopeless.add((session, number))  # not for each frame again
+            raise DamagedError(
+                f"{damage}, and it can't be made again: {exc}", key=damage.key
+            ) from damage
+        self.rebuilt[session, number] = damage
+        return table
 
     def pack_place(self, session: int, seq: int) -> PackPlace:
         """Size of a pack, and where its directory is.
@@ -157,13 +192,29 @@ class DiskReader:
 
         def load() -> tuple[Directory, int]:
             place = self.pack_place(session, seq)
-            key = self._index_key(session, seq // PACKS_PER_INDEX)
-            with _damage(f"directory of pack {seq} at {key}:{place.offset}", key, place.offset):
-                raw = self._store.get_range(key, place.offset, place.length)
-                directory = Directory.decode(raw, place)
+            number = seq // PACKS_PER_INDEX
+            key = self._index_key(session, number)
+            try:
+                with _damage(f"directory of pack {seq} at {key}:{place.offset}", key, place.offset):
+                    raw = self._store.get_range(key, place.offset, place.length)
+                    directory = Directory.decode(raw, place)
+            except DamagedError as exc:
+                directory = self._pack_directory(session, seq, exc)
             return directory, directory.nbytes
 
         return self._directories.get((session, seq), load)
+
+    def _pack_directory(self, session: int, seq: int, damage: DamagedError) -> Directory:
+        """The directory that stands in the pack; `damage`, of the index, is raised when it is no better."""
+        place = self.pack_place(session, seq)
+        try:
+            directory = Directory.decode(
+                pack_directory(self._store, self.key(session, seq), place), place
+            )
+        except (KeyMissingError, FormatError):
+            raise damage from None
+        self.rebuilt.setdefault((session, seq // PACKS_PER_INDEX), damage)
+        return directory
 
     def directories(self, session: int, number: int) -> list[tuple[int, Directory]]:
         """All directories of one index, by seq, with one read.
@@ -175,12 +226,29 @@ class DiskReader:
         key = self._index_key(session, number)
         places = [(seq, table.place(seq)) for seq in table.seqs]
         end = max(place.offset + place.length for _, place in places)
-        with _damage(f"session index {key}", key):
-            raw = self._store.get_range(key, 0, end)
-            return [
-                (seq, Directory.decode(raw[place.offset : place.offset + place.length], place))
-                for seq, place in places
-            ]
+        try:
+            with _damage(f"session index {key}", key):
+                raw = self._store.get_range(key, 0, end)
+                return [
+                    (seq, Directory.decode(raw[place.offset : place.offset + place.length], place))
+                    for seq, place in places
+                ]
+        except DamagedError:
+            return [(seq, self.directory(session, seq)) for seq, _ in places]
+
+    def index_object(self, session: int, number: int) -> bytes:
+        """An index as it was written, whole, whether or not it is readable.
+
+        Raises:
+            DamagedError: it is neither there nor can it be made again.
+        """
+        key = self._index_key(session, number)
+        found = dict(self.directories(session, number))
+        sid = self.manifest.sessions[session].sid
+        raw, digest = encode_index(sid, number, found, self._table(session, number).keys)
+        if digest != self._digests[session][number]:
+            raise DamagedError(f"session index {key} can't be made again", key=key)
+        return raw
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -414,7 +482,7 @@ class DiskReader:
             if offset != directory.end or digest != place.digest:
                 raise FormatError("its footer is of another pack")
 
-    def missing_packs(self, *, copies: bool = True) -> list[str]:
+    def missing_packs(self, *, copies: bool = True, indexes: bool = False) -> list[str]:
         """Keys of the packs and indexes that the backup needs and that are absent or of another size.
 
         Costs one listing a session and a small read for 64 packs: no frame is read.
@@ -422,6 +490,7 @@ class DiskReader:
         Args:
             copies: leave out packs of which a frame was stored anew: whether all that is needed was,
                 reading will tell.
+            indexes: name those too that had to be made again.
         """
         missing: dict[str, None] = {}
         needed: dict[int, dict[str, int]] = {}
@@ -437,6 +506,8 @@ class DiskReader:
                 if sizes.get(listed.key) == listed.size:
                     del sizes[listed.key]
             missing |= {key: None for key in sizes if not (copies and self._has_copies(key))}
+        if indexes:
+            missing |= {self._index_key(*index): None for index in self.rebuilt}
         return list(missing)
 
     def _has_copies(self, key: str) -> bool:

@@ -469,6 +469,33 @@ class Repository:
         """A reader of one disk of a backup."""
         return DiskReader(self._store, manifest, self._vault, self.damage)
 
+    def missing(self, manifest: Manifest) -> list[str]:
+        """Keys of what a backup refers to that is not there as written, after mending what can be.
+
+        Copies of damaged frames don't count: what is built on it would need them for ever.
+        """
+        reader = self.reader(manifest)
+        missing = reader.missing_packs(copies=False, indexes=True)
+        if reader.rebuilt and self.mend(reader):
+            missing = self.reader(manifest).missing_packs(copies=False, indexes=True)
+        return missing
+
+    def mend(self, reader: DiskReader) -> set[str]:
+        """Put session indexes back that are gone and that the reader could do without; their keys.
+
+        One that is there and damaged stays: nothing but a collector deletes.
+
+        Raises:
+            StoreError: the repository can't be written.
+        """
+        mended = set()
+        for session, number in reader.rebuilt:
+            key = f"x/{reader.manifest.sessions[session].sid}/{number}"
+            with suppress(KeyExistsError, DamagedError):
+                self._store.create(key, reader.index_object(session, number))
+                mended.add(key)
+        return mended
+
     def begin(  # noqa: PLR0913 - keywords, most of them with a default
         self,
         *,

@@ -370,3 +370,32 @@ def test_a_repository_that_cannot_be_written_is_verified_all_the_same(
     result = run(repository)
     assert (result.ok, result.recorded) == (False, 0)
     assert "the damage can't be recorded" in caplog.text
+
+
+def test_an_index_that_is_gone_is_told_and_put_back(repository: Repository) -> None:
+    chain(repository)
+    store = LocalStore(Path(repository.location))
+    key = next(store.list("x")).key
+    before = store.path(key).read_bytes()
+    store.delete(key)
+    result = run(repository)
+    assert not result.ok
+    assert [(one.key, one.ranges) for one in result.damaged] == [(key, ())]
+    assert result.damaged[0].problem.endswith("its packs say the same; it is put back")
+    assert store.path(key).read_bytes() == before
+    assert run(repository).ok
+
+
+def test_an_index_that_is_damaged_is_told_and_costs_no_frame(repository: Repository) -> None:
+    chain(repository)
+    store = LocalStore(Path(repository.location))
+    key = next(store.list("x")).key
+    before = store.path(key).read_bytes()
+    store.path(key).write_bytes(before[:40])
+    result = run(repository)
+    assert [(one.key, one.ranges) for one in result.damaged] == [(key, ())]
+    assert "delete it and verify again" in result.damaged[0].problem
+    store.delete(key)
+    assert not run(repository).ok
+    assert run(repository).ok
+    assert store.path(key).read_bytes() == before

@@ -39,7 +39,8 @@ class _Case:
     seed: int
 
     def back_up(self, level: Level) -> None:
-        self.world.back_up(self.store, random.Random(self.seed), level=level, disks=2)
+        # Not what the preparation began with: no two backups may have one id.
+        self.world.back_up(self.store, random.Random(f"{self.seed} {level}"), level=level, disks=2)
 
 
 OPERATIONS: Final[Mapping[str, Callable[[_Case], object]]] = {
@@ -127,7 +128,7 @@ class KillPoints:
         # The next runs, by the next processes.
         if point.operation == "copy":
             self._go_on_copying(world, store)
-        world.back_up(store, random.Random(self._seed + 1), disks=2)
+        world.back_up(store, random.Random(f"{self._seed} next"), disks=2)
         world.collect(store)
         world.repack(store)
         world.check(store)

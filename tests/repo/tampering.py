@@ -104,6 +104,7 @@ def read_all(tiny: Tiny, objects: Objects) -> list[str]:
                 reader.check_pack(session, seq)
             wrong += reader.missing_packs()
             assert restore(reader) == content, "wrong bytes were restored"
+            wrong += [str(damage) for damage in reader.rebuilt.values()]
         except (RepositoryError, WrongKeyError) as exc:
             wrong.append(str(exc))
     return wrong
