@@ -42,6 +42,7 @@ from nbdpull.source.disks import QemuDisk
 from nbdpull.source.elsewhere import OverwrittenElsewhere
 from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
 from nbdpull.source.names import RunNames
+from nbdpull.source.noroom import NoRoom
 from nbdpull.source.place import RunFolder
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
@@ -119,8 +120,7 @@ class QemuPointInTime:
         self._on_lost = on_lost
         self._options = options
         self._guard = ScratchGuard(rundir, self._lose)
-        self._resumed: asyncio.Task[None] | None = None
-        self._paused_itself: list[str] = []
+        self._no_room = NoRoom(self._guard, monitor, self._lose)
         self._began = 0.0
         self._pause_s = 0.0
         self._copied: int | None = None
@@ -467,7 +467,7 @@ class QemuPointInTime:
                     )
                 )
         elif name == "BLOCK_IO_ERROR" and data.get("nospace"):
-            self._on_no_space(data)
+            self._no_room.tell(data)
         elif name == "BLOCK_EXPORT_DELETED" and str(data.get("id", "")).startswith(
             f"np-{self._names.run}-"
         ):
@@ -476,38 +476,6 @@ class QemuPointInTime:
                     f"somebody removed export {data['id']} before its disk was read"
                 )
             )
-
-    def _on_no_space(self, data: Mapping[str, Any]) -> None:
-        """QEMU found no room for a write of the guest: in the scratch, or on the disk itself.
-
-        The event is the same for both, down to the node's name: it is that of the filter.
-        """
-        with contextlib.suppress(OSError):
-            self._guard.check()
-        if not self._guard.pressed:
-            note = (
-                f"QEMU found no room for what the guest wrote to {data.get('device') or data.get('node-name')}"
-                " itself during the backup (the scratch has room): the guest may be paused for it; make room"
-                " and let it go on"
-            )
-            log.warning("%s", note)
-            self._paused_itself.append(note)
-            return
-        # The guest is paused: the room that is let go lets its write succeed.
-        self._lose(self._guard.full("QEMU found none for a write"))
-        if self._resumed is None:
-            self._resumed = asyncio.create_task(self._resume(), name="resume-guest")
-
-    async def _resume(self) -> None:
-        """Let a guest go on that QEMU paused because the scratch was full."""
-        if self._paused_itself:
-            return  # what it waits for is not ours, and whoever runs it may not want it to try
-        begin = asyncio.get_running_loop().time()
-        with contextlib.suppress(MonitorError, CommandError):
-            status = (await self._monitor.execute("query-status"))["status"]
-            if status == "io-error":
-                await self._monitor.execute("cont")
-                self._pause_s += asyncio.get_running_loop().time() - begin
 
     async def _count_copied(self) -> None:
         """Note how much the filters have copied, as long as they are there."""
@@ -564,15 +532,11 @@ class QemuPointInTime:
         with contextlib.suppress(OSError, SourceError):  # only its peak is wanted
             await asyncio.to_thread(self._guard.check)
         await self._stack.aclose()
-        if not self._monitor_lost and self._resumed is not None:
-            # With the job gone the write that found no room succeeds.
-            await self._resume()
-        if self._resumed is not None:
-            await self._resumed
+        await self._no_room.settle(connected=not self._monitor_lost)
         peak = self._guard.peak
         self.cost = GuestCost(
             frozen_s=asyncio.get_running_loop().time() - self._began,
-            pause_s=self._pause_s,
+            pause_s=self._pause_s + self._no_room.pause_s,
             copied_bytes=peak if self._copied is None else self._copied,
             scratch_peak_bytes=peak,
         )
@@ -609,7 +573,7 @@ class QemuPointInTime:
         doomed = [(plan.disk.node, self._names.bitmap) for plan in self._plans]
         for plan in self._plans:
             doomed += [(plan.disk.node, name) for name in obsolete.get(plan.disk.name, ())]
-        return (*self._paused_itself[:1], *await self._remove_bitmaps(doomed))
+        return (*self._no_room.notes, *await self._remove_bitmaps(doomed))
 
     async def discard(self) -> tuple[str, ...]:
         """The backup failed: drop its checkpoints. The older ones have recorded all along."""

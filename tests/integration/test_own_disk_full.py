@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import nbdpull
 from tests.integration.conftest import Keeper
 from tests.support.bootwriter import BootWriter
-from tests.support.disk import compare, create_disk
+from tests.support.disk import MIB, compare, create_disk
 from tests.support.process import run
 from tests.support.tools import QemuTools
 from tests.support.vm import Vm
@@ -21,20 +22,23 @@ def test_a_guest_that_waits_for_room_on_its_own_disk_is_left_alone(
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small])
+    run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small])
     try:
         disk = create_disk(small, "vda", tools=qemu_tools)
         with Vm([disk], tools=qemu_tools, writer=BootWriter(disks=1, pause_us=0)) as vm:
             vm.wait_written(2)
             vm.pause()
             truth = vm.copy_disks(tmp_path / "truth")
-            since = 0
+            state = os.statvfs(small)
+            used = (state.f_blocks - state.f_bfree) * state.f_frsize
+            run(["mount", "-o", f"remount,size={used + MIB}", small])
+            since = len(vm.events)
 
             def fill(progress: nbdpull.Progress) -> None:
                 nonlocal since
                 if progress.kind is nbdpull.ProgressKind.DISK_START:
                     vm.cont()
-                    vm.wait_event("BLOCK_IO_ERROR", timeout_s=60)
+                    vm.wait_event("BLOCK_IO_ERROR", since=since, timeout_s=60)
                     since = len(vm.events)
 
             done = keeper.backup(vm.uri, guest_first=guest_first, progress=fill)

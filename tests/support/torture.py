@@ -37,6 +37,8 @@ __all__ = ["Torture"]
 
 _LEVELS = ("auto", Level.FULL, Level.INCREMENTAL, Level.DIFFERENTIAL, Level.COPY)
 _GRAIN = 65536
+_PATIENCE_S = 900.0
+"""A campaign runs when nothing else wants the machine: its guest may take minutes to boot."""
 
 
 def _sha256(path: Path) -> str:
@@ -86,7 +88,7 @@ class Torture:
         end = time.monotonic() + seconds
         number = 0
         with self.guest:
-            self.guest.wait_synced(2)
+            self.guest.wait_synced(2, timeout_s=_PATIENCE_S)
             while number < rounds and time.monotonic() < end:
                 try:
                     self._round()
@@ -262,7 +264,7 @@ class Torture:
     def _start_again(self) -> None:
         before = self.guest.synced
         self.guest.restart()
-        self.guest.wait_synced(before + 1)
+        self.guest.wait_synced(before + 1, timeout_s=_PATIENCE_S)
 
     def _kill_qemu(self) -> None:
         self._commit()
@@ -302,7 +304,7 @@ class Torture:
             self.guest.uri, self.repository, guest_first=guest_first, **self._options()
         )
         self._check_clean()
-        self.guest.wait_synced(self.guest.synced + 1)
+        self.guest.wait_synced(self.guest.synced + 1, timeout_s=_PATIENCE_S)
         restored = self._restore(result.backup)
         first, second = (check_filesystem(restored[name], self.folder) for name in ("vda", "vdb"))
         assert 0 <= first.records - second.records <= 1, (first, second)
