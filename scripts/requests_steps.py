@@ -9,7 +9,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,19 @@ class Run:
     data_mib: int
     taken: list[str] = field(default_factory=list)
 
-    def nbdpull(self, verb: str, *arguments: str | Path) -> Any:
+    @property
+    def replica(self) -> str:
+        """Where the backups are copied to."""
+        return f"{self.repo}-replica"
+
+    def nbdpull(self, verb: str, *arguments: str | Path, repo: str | None = None) -> Any:
         """Run a verb and return its result."""
-        return json.loads(run([NBDPULL, verb, *arguments, "-r", self.repo, "--json"]).stdout)
+        where = ["-r", repo or self.repo]
+        return json.loads(run([NBDPULL, verb, *arguments, *where, "--json"]).stdout)
+
+    def copy(self) -> None:
+        """Copy all backups into the replica."""
+        run([NBDPULL, "copy", self.repo, self.replica])
 
     def backup(self) -> int:
         """Back up; returns the bytes that the source called changed."""
@@ -63,6 +73,11 @@ class Run:
 def init(test: Run) -> None:
     """A new repository, with the trial listing of 1,100 objects."""
     test.nbdpull("init")
+
+
+def replica(test: Run) -> None:
+    """A new replica of what is empty yet, with the same trial."""
+    test.copy()
 
 
 def full(test: Run) -> None:
@@ -99,17 +114,49 @@ def restore(test: Run) -> None:
     test.nbdpull("restore", test.taken[-1], "--to", test.folder / "restored")
 
 
+def copy(test: Run) -> None:
+    """All three backups into the replica; what is read and what is written."""
+    test.copy()
+
+
+def copied(test: Run) -> None:
+    """The same again, with nothing left to copy."""
+    test.copy()
+
+
+def forget(test: Run) -> None:
+    """The newest backup."""
+    test.nbdpull("forget", test.taken[-1])
+
+
+def collect(test: Run) -> None:
+    """`gc` where everything else is still needed."""
+    test.nbdpull("gc", "--undo-window", "0s")
+
+
+def collect_all(test: Run) -> None:
+    """`forget` and `gc` of all backups of the replica."""
+    test.nbdpull("forget", *test.taken, repo=test.replica)
+    test.nbdpull("gc", "--undo-window", "0s", repo=test.replica)
+
+
 STEPS: tuple[Callable[[Run], None], ...] = (
     init,
+    replica,
     full,
     incremental,
     unchanged,
     listing,
     verify,
     restore,
+    copy,
+    copied,
+    forget,
+    collect,
+    collect_all,
 )
 
-PER_TIB = {full, incremental, verify, restore}
+PER_TIB = {full, incremental, verify, restore, copy, collect_all}
 """Steps that cost more when there is more data."""
 
 
@@ -136,7 +183,8 @@ def main() -> int:
         repo = f"s3://{server.bucket()}/requests"
         test = Run(folder, disk, repo, rng, options.mib)
         for step in STEPS:
-            table.add_row(step.__name__, *count(front, step, test))
+            for cells in count(front, step, test):
+                table.add_row(*cells)
     out = Console(highlight=False, width=120)
     out.print(
         f"{options.mib} MiB that don't compress, seed {options.seed}; in brackets for each TiB\n"
@@ -145,22 +193,35 @@ def main() -> int:
     return 0
 
 
-def count(front: Proxy, step: Callable[[Run], None], test: Run) -> list[str]:
-    """Do a step; returns its row."""
+def count(front: Proxy, step: Callable[[Run], None], test: Run) -> list[list[str]]:
+    """Do a step; returns its row, or one for each repository where two are at work."""
     front.exchanges.clear()
     step(test)
     seen: list[Exchange] = list(front.exchanges)
-    calls: Counter[str] = front.calls()
-    if unknown := calls.keys() - set(CALLS):
-        raise SystemExit(f"requests of an unknown kind: {unknown}")
     if failed := [one for one in seen if one.status >= 500]:
         raise SystemExit(f"{len(failed)} requests failed, so the counts say nothing: {failed[0]}")
-    scale = TIB / (test.data_mib * MIB)
+    scale = TIB / (test.data_mib * MIB) if step in PER_TIB else None
+    if step not in {copy, copied, replica}:
+        return [row(step.__name__, seen, scale)]
+    sides: dict[bool, list[Exchange]] = {False: [], True: []}
+    for one in seen:
+        sides[one.key.startswith("requests-replica")].append(one)
+    return [
+        row(f"{step.__name__}, {name}", sides[to], scale)
+        for name, to in (("from", False), ("to", True))
+    ]
+
+
+def row(name: str, seen: Sequence[Exchange], scale: float | None) -> list[str]:
+    """The cells of one row."""
+    calls = Counter(one.call for one in seen)
+    if unknown := calls.keys() - set(CALLS):
+        raise SystemExit(f"requests of an unknown kind: {unknown}")
     cells = [str(calls[call]) for call in CALLS]
-    if step in PER_TIB:
+    if scale is not None:
         cells = [f"{calls[call]} ({calls[call] * scale:,.0f})" for call in CALLS]
     totals = (sum(one.sent for one in seen), sum(one.received for one in seen))
-    return [*cells, *(f"{total / MIB:.2f}" for total in totals)]
+    return [name, *cells, *(f"{total / MIB:.2f}" for total in totals)]
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ class Request:
         """Whether it asks for a listing."""
         return self.method == "GET" and "list-type=2" in self.query
 
+    @property
+    def key(self) -> str:
+        """The path below the bucket; of a listing its prefix."""
+        if self.lists:
+            return dict(parse_qsl(self.query)).get("prefix", "")
+        return self.path.lstrip("/").partition("/")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -65,7 +72,7 @@ class Exchange:
 
     Attributes:
         call: the method, or LIST for a GET that lists.
-        key: the path below the bucket.
+        key: the path below the bucket; of a listing its prefix.
         sent, received: bytes of the bodies.
     """
 
@@ -160,7 +167,7 @@ class Proxy:
         self.exchanges.append(
             Exchange(
                 "LIST" if request.lists else request.method,
-                request.path.lstrip("/").partition("/")[2],
+                request.key,
                 int(head.split(b" ", 2)[1]) if head else 0,
                 len(request.body),
                 len(answer),
