@@ -25,6 +25,7 @@ from tests.support.stores import seaweedfs
 MIB = 1 << 20
 TIB = 1 << 40
 CALLS = ("PUT", "GET", "HEAD", "LIST", "DELETE")
+WITHIN_S = 4 * 3600.0
 NBDPULL = Path(sys.executable).with_name("nbdpull")
 
 
@@ -51,11 +52,12 @@ class Run:
     def nbdpull(self, verb: str, *arguments: str | Path, repo: str | None = None) -> Any:
         """Run a verb and return its result."""
         where = ["-r", repo or self.repo]
-        return json.loads(run([NBDPULL, verb, *arguments, *where, "--json"]).stdout)
+        argv = [NBDPULL, verb, *arguments, *where, "--json"]
+        return json.loads(run(argv, timeout_s=WITHIN_S).stdout)
 
     def copy(self) -> None:
         """Copy all backups into the replica."""
-        run([NBDPULL, "copy", self.repo, self.replica])
+        run([NBDPULL, "copy", self.repo, self.replica], timeout_s=WITHIN_S)
 
     def backup(self) -> int:
         """Back up; returns the bytes that the source called changed."""

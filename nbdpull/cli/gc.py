@@ -8,6 +8,7 @@ from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb
 from nbdpull.cli.password import keys_of_user
+from nbdpull.cli.tables import local_time
 from nbdpull.errors import UsageError
 from nbdpull.model.results import GcResult
 from nbdpull.units import format_duration, format_size, parse_duration
@@ -61,7 +62,8 @@ def _text(result: GcResult) -> str:
     if result.live:
         lines.append(f"spared what {len(result.live)} running or lately failed sessions wrote")
     if result.refused:
-        lines.append(f"{len(result.refused)} objects are locked, or may not be deleted by us")
+        ends = f"; the first lock ends {local_time(result.unlock)}" if result.unlock else ""
+        lines.append(f"{len(result.refused)} objects are locked, or may not be deleted by us{ends}")
     lines.append(
         f"{'would delete' if result.dry_run else 'deleted'} {objects} objects"
         f" ({result.packs} packs, {result.manifests} manifests), {format_size(result.freed_bytes)},"

@@ -517,6 +517,7 @@ class GcResult:
         revoked: sessions that were idle for a day and can't be committed any more.
         live: sessions that may still be committed, whose objects were spared.
         refused: keys that the store did not let us delete (locked, or not allowed).
+        unlock: when the first lock of these ends, seconds since the Unix epoch, or None.
     """
 
     packs: int
@@ -527,6 +528,7 @@ class GcResult:
     revoked: tuple[str, ...] = ()
     live: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    unlock: float | None = None
     dry_run: bool = False
     duration_s: float = 0.0
 

@@ -73,5 +73,6 @@ def _gc(options: GcOptions, cancel: threading.Event) -> GcResult:
         revoked=tuple(done.revoked),
         live=tuple(done.live),
         refused=tuple(done.refused),
+        unlock=done.unlock,
         duration_s=time.monotonic() - began,
     )

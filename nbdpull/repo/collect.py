@@ -68,6 +68,7 @@ class Collected:
         revoked: sessions that were idle and can't commit any more.
         live: sessions that were spared because they may still commit.
         refused: keys that the store did not let us delete.
+        unlock: when the first lock of these ends, by the store, or None.
     """
 
     packs: int = 0
@@ -79,6 +80,7 @@ class Collected:
     revoked: list[SessionId] = field(default_factory=list)
     live: list[SessionId] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    unlock: float | None = None
 
 
 class _Vanished(Exception):
@@ -505,9 +507,12 @@ class Collector:
                 self._store.delete(listed.key)
             except AccessDeniedError as exc:
                 _log.debug("%s", exc)
+                if exc.until is not None:
+                    unlocks.append(exc.until)
                 return False
             return True
 
+        unlocks: list[float] = []
         with ThreadPoolExecutor(self._workers, thread_name_prefix="nbdpull-gc") as threads:
             listed = list(objects)
             for done, gone in zip(listed, threads.map(one, listed), strict=True):
@@ -516,6 +521,8 @@ class Collector:
                     yield done
                 else:
                     self.collected.refused.append(done.key)
+        if unlocks:
+            self.collected.unlock = min([*unlocks, self.collected.unlock or unlocks[0]])
 
 
 def _is_number(prefix: str, text: str) -> bool:

@@ -14,7 +14,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -29,6 +30,7 @@ from nbdpull.repo.buffer import Budget, MemoryUpload
 from nbdpull.repo.cloud import Cloud
 from nbdpull.repo.objectlock import lock_headers, lockable, locked_until
 from nbdpull.repo.patience import PATIENCE, Patience
+from nbdpull.repo.retention import CONNECTIONS, Retention, load
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
 from nbdpull.repo.trouble import Kind, Trouble, diagnose, without_secrets
 from nbdpull.version import __version__
@@ -72,6 +74,7 @@ class ObjectStore:
         self._small = self._handle(patience.small_s)
         self._bulk = self._handle(patience.bulk_s)
         self._lock: Lock | None = None
+        self._retention: Retention | None = None
         self._locking: dict[tuple[int, float], Handle] = {}
         # A listing comes in pages that only the library can try again one by one.
         self._pages = self._handle(patience.small_s, retry_s=patience.retry_s)
@@ -123,6 +126,7 @@ class ObjectStore:
     def lock(self, lock: Lock) -> None:
         """From now on have S3 lock every object that backups consist of, from when it is written."""
         self._lock = lock
+        self._retention = load(self.cloud)
 
     def try_lock(self, lock: Lock, key: str) -> None:
         """See that the bucket takes locks, with an object that is locked for a minute.
@@ -146,6 +150,39 @@ class ObjectStore:
                 " leave --lock out"
             )
         self.delete(key)
+
+    def _locked_until(self, key: str, lock: Lock) -> float:
+        """When its lock ends: as it was made, or as it was extended."""
+        made = locked_until(self.stat(key).modified, lock)
+        if time.time() < made or self._retention is None:
+            return made
+        return self._retention.until(key)
+
+    def hold(self, keys: Iterable[str], until: float, further: float) -> int | None:
+        """Extend the locks of objects that end before `until`, to `further`; how many that were.
+
+        None where nothing can extend them, and some would have to be.
+
+        Raises:
+            KeyMissingError: an object is gone.
+            AccessDeniedError: the credentials may not.
+            StoreError: it failed.
+        """
+        lock, retention = self._lock, self._retention
+        wanted = list(keys)
+        if lock is None or not wanted:
+            return 0
+        if retention is None:
+            return None
+
+        def one(key: str) -> bool:
+            short = retention.until(key) < until
+            if short:
+                retention.extend(key, lock.mode, further)
+            return short
+
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
+            return sum(threads.map(one, wanted))
 
     def _locked(self, timeout_s: float, mode: str, until: float) -> Handle:
         """A handle whose PUTs lock. Not for other calls: a listing is refused with such headers."""
@@ -390,12 +427,12 @@ class ObjectStore:
         check_key(key)
         if self._lock is not None and lockable(key):
             try:
-                until = locked_until(self.stat(key).modified, self._lock)
+                until = self._locked_until(key, self._lock)
             except KeyMissingError:
                 return
             if time.time() < until:
                 ends = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until))
-                raise AccessDeniedError(f"{self.cloud}/{key} is locked until {ends}")
+                raise AccessDeniedError(f"{self.cloud}/{key} is locked until {ends}", until=until)
         done = self._call("delete", key, lambda: obstore.delete(self._small, key))
         if isinstance(done, Trouble) and done.kind is not Kind.MISSING:
             raise self._error("delete", key, done)

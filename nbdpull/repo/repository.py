@@ -53,6 +53,7 @@ from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.digestindex import DigestIndex
 from nbdpull.repo.location import CONFIG, check_lockable, lock_store, new_store, open_store, tidy
+from nbdpull.repo.locks import hold_locks
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
 from nbdpull.repo.reader import DiskReader
@@ -572,7 +573,12 @@ class Repository:
             table=table,
             reuse=plan.open(table),
             keys=keys,
+            hold=self._hold if self.config.lock is not None else None,
         )
+
+    def _hold(self, manifest: Manifest) -> None:
+        if self.config.lock is not None:
+            hold_locks(self._store, manifest, self.config.lock)
 
     @property
     def reuses(self) -> bool:

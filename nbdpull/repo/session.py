@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -117,8 +117,10 @@ class Session:
         table: SessionTable | None = None,
         reuse: Reuse | None = None,
         keys: SessionKeys | None = None,
+        hold: Callable[[Manifest], None] | None = None,
     ) -> None:
         self._store = store
+        self._hold = hold
         self._keys = keys
         self._repository = repository
         self._parent = parent
@@ -465,6 +467,8 @@ class Session:
                 " commit; run the backup again"
             )
         manifest = self._manifest(summary)
+        if self._hold is not None:
+            self._hold(manifest)
         raw = manifest.encode(self._keys)
         key = f"m/{self.disk_id}/{self.id}"
         try:

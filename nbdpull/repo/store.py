@@ -31,7 +31,15 @@ class KeyExistsError(StoreError):
 
 
 class AccessDeniedError(StoreError):
-    """The store does not let us do that: locked, or not allowed with these credentials."""
+    """The store does not let us do that: locked, or not allowed with these credentials.
+
+    Attributes:
+        until: when the lock ends, seconds since the Unix epoch; None when that is not why.
+    """
+
+    def __init__(self, message: str, *, until: float | None = None) -> None:
+        super().__init__(message)
+        self.until = until
 
 
 class KeyMissingError(StoreError):
