@@ -125,6 +125,11 @@ class Segment:
         """A segment of these intervals, which must be sorted by `start`."""
         return cls(_rows(intervals))
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The intervals as rows of numbers, which nobody may change."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -5,6 +5,9 @@ may be referred to by nobody, while one of them still is. What is still needed o
 once more, and every backup that refers to them is committed again (`ops/recommit.py`), oldest first, so
 that later ones refer to what was rewritten for the earlier ones. Then the old manifests are forgotten.
 Killed at any point it leaves each backup as it was or as it will be.
+
+Memory is bounded whatever the disk: what is needed is counted a window of segments at a time, and what is
+rewritten is done in rounds of so many frames (`ops/usage.py`).
 """
 
 from __future__ import annotations
@@ -13,17 +16,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbdpull.errors import DamagedError
-from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.grain import GRAIN, SEGMENT, segment_count
 from nbdpull.model.ids import DiskId, SessionId
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.manifest import Manifest, Summary
+from nbdpull.model.manifest import Manifest, SegmentRef, Summary
 from nbdpull.model.results import ProgressCallback, RepackResult
 from nbdpull.model.retention import STALE_S
 from nbdpull.model.segment import Interval, Segment
@@ -31,16 +34,17 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.recommit import Recommit
 from nbdpull.ops.threads import in_thread
+from nbdpull.ops.usage import HELD, Frames, Pack, PackCounts, Piece, Pieces
 from nbdpull.repo.repository import Backup, DiskReader, ParentGoneError, Repository, Session
 
 __all__ = ["RATIO", "RepackOptions", "repack"]
 
 RATIO = 1.4
 
-_Pack = tuple[str, int]
-"""(session, seq), the same in every manifest."""
-_Frame = tuple[str, int, int]
-"""(session, seq, offset)."""
+_WINDOW = 128
+"""Segments that are counted at a time: some two million frames in each backup at most."""
+_ROUND_FRAMES = 1 << 20
+"""Frames that are rewritten before all backups are looked at again: 50 MiB of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,43 +78,6 @@ async def repack(
     return await in_thread(lambda cancel: _Repack(options, progress, cancel).run())
 
 
-@dataclass(slots=True)
-class _Usage:
-    """Which grains of which frames of one disk are still needed, over all its backups."""
-
-    grains: dict[_Frame, int] = field(default_factory=dict)
-    needed: dict[_Pack, float] = field(default_factory=lambda: defaultdict(float))
-    _lengths: dict[_Frame, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, sids: Sequence[str], rows: NDArray[np.int64]) -> None:
-        for _start, n, session, seq, offset, clen, skip, flen in rows.tolist():
-            frame = (sids[session], seq, offset)
-            self.grains[frame] = self.grains.get(frame, 0) | ((1 << n) - 1) << skip
-            self._lengths[frame] = (clen, flen)
-
-    def add_map(self, frame: _Frame, clen: int) -> None:
-        self.grains[frame] = 1
-        self._lengths[frame] = (clen, 1)
-
-    def finish(self) -> None:
-        for frame, mask in self.grains.items():
-            clen, flen = self._lengths[frame]
-            self.needed[frame[:2]] += clen * mask.bit_count() / flen
-        self._lengths.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Grains [first, first + n) of a rewritten frame, where they are now."""
-
-    first: int
-    n: int
-    sid: SessionId
-    seq: int
-    offset: int
-    clen: int
-
-
 class _Repack:
     """One run; `run` blocks."""
 
@@ -124,19 +91,42 @@ class _Repack:
             options.repository, write=not options.dry_run, keys=options.keys
         )
         self._repository.check_restorable()
-        self._usage: dict[DiskId, _Usage] = {}
-        self._pieces: dict[_Frame, list[_Piece]] = {}
-        self._rewritten: dict[DiskId, dict[SessionId, Manifest]] = defaultdict(dict)
+        self._chosen: set[Pack] = set()
+        self._frames = Frames(())
+        self._pieces = Pieces(0)
+        self._rewritten: dict[DiskId, dict[SessionId, Manifest]] = {}
+        self._sparse_bytes = 0
         self._read_bytes = 0
         self._stored_bytes = 0
 
     def run(self) -> RepackResult:
         began = time.monotonic()
-        backups = self._repository.backups()
+        done: dict[str, None] = {}
+        more = True
+        while more:
+            backups = self._repository.backups()
+            if not self._options.dry_run:
+                self._drop_superseded(backups)
+            sparse, more = self._find_sparse(backups)
+            done |= dict.fromkeys(self._round(backups, sparse))
+            self._chosen |= sparse.keys()
+            self._sparse_bytes += sum(sparse.values())
+        return RepackResult(
+            backups=tuple(done),
+            sparse_packs=len(self._chosen),
+            sparse_bytes=self._sparse_bytes,
+            read_bytes=self._read_bytes,
+            stored_bytes=self._stored_bytes,
+            dry_run=self._options.dry_run,
+            duration_s=time.monotonic() - began,
+        )
+
+    def _round(self, backups: Sequence[Backup], sparse: Mapping[Pack, int]) -> Iterator[str]:
+        """Commit every backup again that refers to these packs; their ids."""
         if not self._options.dry_run:
-            self._drop_superseded(backups)
-        sparse = self._find_sparse(backups)
-        done: list[str] = []
+            self._frames = self._collect(backups, sparse)
+            self._pieces = Pieces(len(self._frames))
+            self._rewritten = defaultdict(dict)
         for backup in backups:
             if not backup.complete or not sparse:
                 continue
@@ -147,16 +137,7 @@ class _Repack:
             ):
                 continue
             if self._options.dry_run or self._rewrite(backup, there, sparse):
-                done.append(backup.id)
-        return RepackResult(
-            backups=tuple(done),
-            sparse_packs=len(sparse),
-            sparse_bytes=sum(sparse.values()),
-            read_bytes=self._read_bytes,
-            stored_bytes=self._stored_bytes,
-            dry_run=self._options.dry_run,
-            duration_s=time.monotonic() - began,
-        )
+                yield backup.id
 
     def _check(self) -> None:
         if self._cancel.is_set():
@@ -187,55 +168,114 @@ class _Repack:
 
     # -- what is sparse ----------------------------------------------------------------------------
 
-    def _find_sparse(self, backups: Sequence[Backup]) -> dict[_Pack, int]:
-        """The packs to be rewritten, and their bytes."""
-        users: dict[_Pack, set[DiskId | None]] = defaultdict(set)
-        for backup in backups:
-            for summary in backup.disks:
-                self._check()
-                manifest = self._manifest(summary)
-                if manifest is None:
-                    continue
-                # One that can't be committed again holds its packs whatever is rewritten.
-                wanted = backup.complete and self._options.vm in {None, backup.vm}
-                for session, seq in manifest.packs():
-                    pack = (manifest.sessions[session].sid, seq)
-                    users[pack].add(summary.disk_id if wanted else None)
-                if wanted:
-                    self._count(summary, manifest)
-        sizes = self._repository.pack_sizes({sid for sid, _ in users})
-        sparse: dict[_Pack, int] = {}
-        for disk, usage in self._usage.items():
-            usage.finish()
-            own = {pack: sizes.get(pack, 0) for pack in usage.needed}
-            if sum(own.values()) <= self._options.ratio * sum(usage.needed.values()):
-                continue
-            sparse |= {
-                pack: size
-                for pack, size in own.items()
-                # What other disks' backups refer to as well stays where it is.
-                if size > self._options.ratio * usage.needed[pack] and users[pack] == {disk}
-            }
-        return sparse
-
-    def _count(self, summary: Summary, manifest: Manifest) -> None:
-        usage = self._usage.setdefault(summary.disk_id, _Usage())
-        reader = self._repository.reader(manifest)
-        sids = [ref.sid for ref in manifest.sessions]
-        for index, ref in enumerate(manifest.segments):
-            if ref is None:
-                continue
+    def _find_sparse(self, backups: Sequence[Backup]) -> tuple[dict[Pack, int], bool]:
+        """The packs to be rewritten now, and their bytes; and whether there are more."""
+        users = PackCounts()
+        for disk, wanted, summary in self._summaries(backups):
             self._check()
-            frame = (sids[ref.session], ref.seq, ref.offset)
-            if frame in usage.grains:
-                continue  # the same map, counted for an earlier backup
-            usage.add_map(frame, ref.clen)
-            usage.add(sids, _rows(reader.segment(index)))
+            manifest = self._manifest(summary)
+            if manifest is not None:
+                sids = [ref.sid for ref in manifest.sessions]
+                users.use(sids, manifest.packs().rows, disk if wanted else HELD)
+        sparse: dict[Pack, int] = {}
+        frames = 0
+        for disk, summaries in self._by_disk(backups).items():
+            for pack, size, count in self._sparse_of(disk, summaries, users):
+                if pack in self._chosen:
+                    continue  # of a backup that somebody forgets meanwhile
+                if frames and frames + count > _ROUND_FRAMES and not self._options.dry_run:
+                    return sparse, True
+                sparse[pack] = size
+                frames += count
+        return sparse, False
+
+    def _summaries(self, backups: Sequence[Backup]) -> Iterator[tuple[int, bool, Summary]]:
+        """All disks of all backups: number of the disk, whether the backup can be committed again."""
+        numbers: dict[DiskId, int] = {}
+        for backup in backups:
+            # One that can't be holds its packs whatever is rewritten.
+            wanted = backup.complete and self._options.vm in {None, backup.vm}
+            for summary in backup.disks:
+                yield numbers.setdefault(summary.disk_id, len(numbers)), wanted, summary
+
+    def _by_disk(self, backups: Sequence[Backup]) -> Mapping[int, Sequence[Summary]]:
+        found: dict[int, list[Summary]] = defaultdict(list)
+        for disk, wanted, summary in self._summaries(backups):
+            if wanted:
+                found[disk].append(summary)
+        return found
+
+    def _sparse_of(
+        self, disk: int, summaries: Sequence[Summary], users: PackCounts
+    ) -> list[tuple[Pack, int, int]]:
+        """The sparse packs of a disk, their bytes, and how many frames of each are needed.
+
+        A frame that several windows refer to counts in each: its pack looks a little denser than it is.
+        """
+        needed: dict[Pack, float] = defaultdict(float)
+        counts: dict[Pack, int] = defaultdict(int)
+        for window in self._windows(summaries):
+            frames = Frames()
+            for sids, ref, rows in window:
+                frames.add_map(sids, ref)
+                frames.add(sids, rows)
+            for pack, amount, count in frames.by_pack():
+                needed[pack] += amount
+                counts[pack] += count
+        sizes = self._repository.pack_sizes({sid for sid, _ in needed})
+        ratio = self._options.ratio
+        if sum(sizes.get(pack, 0) for pack in needed) <= ratio * sum(needed.values()):
+            return []
+        return [
+            (pack, sizes[pack], counts[pack])
+            for pack in needed
+            # What other disks' backups refer to as well stays where it is.
+            if sizes.get(pack, 0) > ratio * needed[pack] and users.user(pack) == disk
+        ]
+
+    def _windows(
+        self, summaries: Sequence[Summary], sparse: Mapping[Pack, int] | None = None
+    ) -> Iterator[Iterator[tuple[list[SessionId], SegmentRef, NDArray[np.int64]]]]:
+        """Each distinct map of a disk's backups, some segments at a time; only what touches `sparse`."""
+        end = max(segment_count(summary.size) for summary in summaries)
+        for first in range(0, end, _WINDOW):
+            yield self._window(summaries, first, sparse)
+
+    def _window(
+        self, summaries: Sequence[Summary], first: int, sparse: Mapping[Pack, int] | None
+    ) -> Iterator[tuple[list[SessionId], SegmentRef, NDArray[np.int64]]]:
+        seen: set[tuple[str, int, int]] = set()
+        for summary in summaries:
+            manifest = self._manifest(summary)
+            if manifest is None:
+                continue
+            reader = self._repository.reader(manifest)
+            sids = [ref.sid for ref in manifest.sessions]
+            wanted = range(len(manifest.segments)) if sparse is None else _touched(manifest, sparse)
+            for index in wanted:
+                ref = manifest.segments[index]
+                if ref is None or not first <= index < first + _WINDOW:
+                    continue
+                self._check()
+                place = (sids[ref.session], ref.seq, ref.offset)
+                if place not in seen:
+                    seen.add(place)
+                    yield sids, ref, reader.segment(index).rows
+
+    def _collect(self, backups: Sequence[Backup], sparse: Mapping[Pack, int]) -> Frames:
+        """What any backup needs of these packs' frames of disk data."""
+        frames = Frames(sparse)
+        if sparse:
+            for summaries in self._by_disk(backups).values():
+                for window in self._windows(summaries, sparse):
+                    for sids, _ref, rows in window:
+                        frames.add(sids, rows)
+        return frames
 
     # -- rewriting ---------------------------------------------------------------------------------
 
     def _rewrite(
-        self, backup: Backup, manifests: Mapping[DiskId, Manifest], sparse: dict[_Pack, int]
+        self, backup: Backup, manifests: Mapping[DiskId, Manifest], sparse: Mapping[Pack, int]
     ) -> bool:
         """Commit one backup again without the sparse packs; False when it is being forgotten."""
         beside = {
@@ -261,7 +301,7 @@ class _Repack:
         return True
 
     def _beside(
-        self, disk: DiskId, manifest: Manifest, sparse: dict[_Pack, int]
+        self, disk: DiskId, manifest: Manifest, sparse: Mapping[Pack, int]
     ) -> Iterator[Manifest]:
         """The manifests committed by this run whose packs this one will refer to."""
         reader = self._repository.reader(manifest)
@@ -269,14 +309,14 @@ class _Repack:
         used: set[SessionId] = set()
         for index in _touched(manifest, sparse):
             self._check()
-            for row in reader.segment(index):
-                pieces = self._pieces.get((sids[row.session], row.seq, row.offset), ())
-                used.update(piece.sid for piece in pieces)
+            for at in self._frames.find(sids, reader.segment(index).rows):
+                if at >= 0:
+                    used.update(piece.sid for piece in self._pieces.get(at))
         for sid in sorted(used):
             yield self._rewritten[disk][sid]
 
     def _rewrite_disk(
-        self, summary: Summary, parent: Manifest, session: Session, sparse: dict[_Pack, int]
+        self, summary: Summary, parent: Manifest, session: Session, sparse: Mapping[Pack, int]
     ) -> None:
         reader = self._repository.reader(parent)
         sids = [ref.sid for ref in parent.sessions]
@@ -291,33 +331,31 @@ class _Repack:
         meter.start()
         for index in touched:
             rows: list[Interval] = []
-            for row in reader.segment(index):
+            segment = reader.segment(index)
+            for row, at in zip(segment, self._frames.find(sids, segment.rows), strict=True):
                 self._check()
-                if (sids[row.session], row.seq) not in sparse:
+                if at < 0:
                     rows.append(row)
                     continue
-                frame = (sids[row.session], row.seq, row.offset)
-                if frame not in self._pieces:
-                    self._pieces[frame] = self._store(summary.disk_id, frame, row, reader, session)
-                rows.append(_moved(row, self._pieces[frame], places))
+                if not self._pieces.get(at):
+                    self._pieces.put(at, self._store(at, row, reader, session))
+                rows.append(_moved(row, self._pieces.get(at), places))
             session.put_segment(index, Segment.of(rows))
             meter.add(SEGMENT)
         meter.end()
 
-    def _store(
-        self, disk: DiskId, frame: _Frame, row: Interval, reader: DiskReader, session: Session
-    ) -> list[_Piece]:
+    def _store(self, at: int, row: Interval, reader: DiskReader, session: Session) -> list[Piece]:
         """Store what any backup needs of a frame, a piece for each run of its grains."""
         raw = memoryview(reader.read(row._replace(n=row.flen, skip=0)))
         self._read_bytes += row.clen
         pieces = []
-        for first, n in _runs(self._usage[disk].grains[frame], row.flen):
+        for first, n in _runs(self._frames.grains(at), row.flen):
             put = session.put(raw[first * GRAIN : (first + n) * GRAIN])
-            pieces.append(_Piece(first, n, session.id, put.seq, put.offset, put.clen))
+            pieces.append(Piece(first, n, session.id, put.seq, put.offset, put.clen))
         return pieces
 
 
-def _touched(manifest: Manifest, sparse: dict[_Pack, int]) -> list[int]:
+def _touched(manifest: Manifest, sparse: Mapping[Pack, int]) -> list[int]:
     """The segments whose map or data is in a sparse pack."""
     sids = [ref.sid for ref in manifest.sessions]
     return [
@@ -331,7 +369,7 @@ def _touched(manifest: Manifest, sparse: dict[_Pack, int]) -> list[int]:
     ]
 
 
-def _moved(row: Interval, pieces: Iterable[_Piece], places: dict[SessionId, int]) -> Interval:
+def _moved(row: Interval, pieces: Iterable[Piece], places: dict[SessionId, int]) -> Interval:
     """The interval, referring to the piece that its grains are in now."""
     for piece in pieces:
         if piece.first <= row.skip and row.skip + row.n <= piece.first + piece.n:
@@ -356,7 +394,3 @@ def _runs(mask: int, flen: int) -> Iterator[tuple[int, int]]:
         if bit:
             yield at, n
         at += n
-
-
-def _rows(segment: Segment) -> NDArray[np.int64]:
-    return np.array(list(segment), dtype=np.int64).reshape(-1, len(Interval._fields))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import nbdpull
 from nbdpull.model.manifest import Manifest
+from nbdpull.ops import repack as repack_module
 from nbdpull.ops.recommit import Recommit
 from tests.ops.retained import DAY, Retained, retained
 from tests.repo.helpers import PASSWORD
@@ -53,6 +54,22 @@ def test_space_comes_back_and_every_backup_stays_as_it_was(repo: Retained, tmp_p
     assert stored(repo) < before
     assert len(packs - set(repo.objects("d"))) == done.sparse_packs
     assert nbdpull.list_backups(repo.path) == listed
+    for number in range(1, 8):
+        repo.check(number, tmp_path / "out")
+    assert nbdpull.verify(repo.path).ok
+    assert nbdpull.repack(repo.path, ratio=1.05).backups == ()
+
+
+def test_windows_and_rounds_of_any_size_come_to_the_same(
+    repo: Retained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = nbdpull.repack(repo.path, ratio=1.05, dry_run=True)
+    monkeypatch.setattr(repack_module, "_WINDOW", 1)
+    monkeypatch.setattr(repack_module, "_ROUND_FRAMES", 1)
+    assert nbdpull.repack(repo.path, ratio=1.05, dry_run=True).sparse_packs == told.sparse_packs
+    done = repack(repo)
+    assert (done.sparse_packs, done.sparse_bytes) == (told.sparse_packs, told.sparse_bytes)
+    assert set(done.backups) == set(told.backups)
     for number in range(1, 8):
         repo.check(number, tmp_path / "out")
     assert nbdpull.verify(repo.path).ok
