@@ -343,6 +343,7 @@ class _Run:
                     granularity=served.granularity,
                     overwritten=served.overwritten,
                     trims=served.trims,
+                    near=served.near,
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else None,

@@ -72,14 +72,14 @@ class Order(Generic[_T]):
     Args:
         segments: how many there are.
         plan: makes the pieces of a segment, as (first byte, piece), rising; called once for each segment.
-        look: tells a byte to go on from, or None to go on upwards.
+        look: tells a byte to go on from, or None to go on upwards; None goes upwards all along.
     """
 
     def __init__(
         self,
         segments: int,
         plan: Callable[[int], Sequence[tuple[int, _T]]],
-        look: Callable[[], int | None] = lambda: None,
+        look: Callable[[], int | None] | None = None,
     ) -> None:
         self._left = list(range(segments))
         self._plan = plan
@@ -90,7 +90,7 @@ class Order(Generic[_T]):
     def __iter__(self) -> Iterator[_T]:
         """All pieces."""
         while self._left:
-            ahead = self._look()
+            ahead = None if self._look is None else self._look()
             if ahead is not None and self._may_jump(ahead // SEGMENT):
                 self._at = ahead
             piece = self._take()

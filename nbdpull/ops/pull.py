@@ -88,6 +88,7 @@ class DiskPull:
         overwritten: tells after a block status which of its ranges the source may have overwritten meanwhile;
             None where nobody writes.
         trims: what is not read any more is given back, see `nbdpull.ops.trimming`.
+        near: `overwritten` may be asked for the whole disk, often.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean, besides
@@ -108,6 +109,7 @@ class DiskPull:
     granularity: int = GRAIN
     overwritten: Overwritten | None = None
     trims: bool = False
+    near: bool = False
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -384,9 +386,7 @@ class _Pull:
                 self._finish(work)
             return [(base + batch.runs[0][0] * GRAIN, batch) for batch in batches]
 
-        # What is read and not trimmed is copied all the same, so the order would spare the guest nothing.
-        ahead = Foresight(disk.overwritten, disk.size) if disk.trims and disk.overwritten else None
-        for batch in Order(segment_count(disk.size), plan, ahead or (lambda: None)):
+        for batch in Order(segment_count(disk.size), plan, _foresight(disk)):
             self.batches.give(lane, batch)
         if trimmer is not None:
             trimmer.settle()
@@ -514,6 +514,14 @@ class _Pull:
             before = disk.parent.segment(work.index) if disk.parent else Segment.empty()
         work.intervals.sort(key=lambda interval: interval.start)
         disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
+
+
+def _foresight(disk: DiskPull) -> Foresight | None:
+    """Where the guest writes, if knowing that spares it something and can be looked up."""
+    # What is read and not trimmed is copied all the same.
+    if disk.trims and disk.near and disk.overwritten is not None:
+        return Foresight(disk.overwritten, disk.size)
+    return None
 
 
 def _start(known: KnownFrame) -> int:

@@ -124,6 +124,7 @@ class ServedDisk:
         overwritten: which ranges of [start, end) may have been overwritten since the point in time, asked after
             their block status; None where nobody writes.
         trims: whether what is trimmed leaves the scratch, and can't be read any more.
+        near: whether `overwritten` can be asked for the whole disk, often: its scratch is on this host.
     """
 
     disk: Disk
@@ -133,6 +134,7 @@ class ServedDisk:
     granularity: int = GRANULARITY
     overwritten: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
     trims: bool = False
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

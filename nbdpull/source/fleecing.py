@@ -373,6 +373,7 @@ class QemuPointInTime:
                     whole=all_of_it,
                     overwritten=overwritten,
                     trims=self._options.trim_scratch,
+                    near=self._rundir.here,
                 )
             )
         self.disks = tuple(served)
