@@ -119,7 +119,6 @@ def _faults(arguments: argparse.Namespace) -> str:
     played = 0
     end = time.monotonic() + arguments.seconds
     with seaweedfs() as server, proxy(server.endpoint) as front:
-        server.bucket()
         campaign = Faults(server, front)
         for seed in range(arguments.seed, arguments.seed + arguments.size):
             if time.monotonic() > end:
@@ -166,6 +165,10 @@ _CAMPAIGNS: Mapping[str, Callable[[argparse.Namespace], str]] = {
 }
 
 
+_MEMORY = Path("/dev/shm")  # noqa: S108
+_IN_MEMORY = {"kill-points", "soak", "power-cuts"}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__)
     verbs = parser.add_subparsers(dest="campaign", required=True)
@@ -183,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--seconds", type=float, default=float("inf"), help="end after so long; not for search"
         )
-        verb.add_argument("--folder", help="where temporary repositories are made")
+        verb.add_argument(
+            "--folder",
+            # Syncs cost nothing there; what they are for is tried by power-cuts.
+            default=str(_MEMORY) if name in _IN_MEMORY and _MEMORY.is_dir() else None,
+            help="where temporary repositories are made",
+        )
         if size is not None:
             verb.add_argument("--size", type=int, default=size)
         if name in {"search", "soak"}:

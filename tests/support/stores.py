@@ -31,6 +31,7 @@ READER_KEY = "test-reader-key"
 """May list and read; with the same secret."""
 SECRET_KEY = "test-secret-key-0123456789"  # noqa: S105 - of a server that the tests start
 AZURITE = cache_folder() / "npm" / "node_modules" / ".bin"
+_TRIES = 4
 # Azurite's own well-known account; it has no other.
 _AZURE_ACCOUNT = "devstoreaccount1"
 _AZURE_KEY = (
@@ -158,48 +159,66 @@ def seaweedfs() -> Iterator[SeaweedFs]:
                 }
             )
         )
-        data = folder / "data"
-        data.mkdir()
-        names = ("s3", "master", "volume", "filer")
-        ports = iter(free_ports(2 * len(names)))
-        argv = [
-            str(Path(sys.executable).with_name("weed")),
-            f"-logdir={folder}",
-            "server",
-            f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-s3",
-            f"-s3.config={config}",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            "-volume.max=300",
-            "-volume.minFreeSpace=0",
-            "-master.volumeSizeLimitMB=64",
-            "-master.telemetry=false",
-            f"-filer.localSocket={folder}/filer.sock",
-            f"-s3.localSocket={folder}/s3.sock",
-        ]
-        endpoint = ""
-        for name in names:
-            port = next(ports)
-            argv += [f"-{name}.port={port}", f"-{name}.port.grpc={next(ports)}"]
-            endpoint = endpoint or f"http://127.0.0.1:{port}"
-        log = folder / "log"
-        server = SeaweedFs(
-            endpoint=endpoint,
-            env=s3_env(endpoint),
-            client=S3(endpoint, ACCESS_KEY, SECRET_KEY),
-            argv=argv,
-            process=spawn(argv, log=log),
-            log=log,
-        )
+        server = _started(folder, config)
         try:
-            _wait_for(endpoint, server.process, log)
-            _wait_for_buckets(server)
             yield server
         finally:
             server.kill()
+
+
+def _started(folder: Path, config: Path) -> SeaweedFs:
+    """A running one. Another process may take a port between our look at it and its use: then again."""
+    number = 0
+    while True:
+        number += 1
+        server = _spawned(folder, config, folder / f"data{number}")
+        try:
+            _wait_for(server.endpoint, server.process, server.log)
+            _wait_for_buckets(server)
+        except BaseException:
+            server.kill()
+            if number == _TRIES or b"address already in use" not in server.log.read_bytes():
+                raise
+        else:
+            return server
+
+
+def _spawned(folder: Path, config: Path, data: Path) -> SeaweedFs:
+    data.mkdir()
+    names = ("s3", "master", "volume", "filer")
+    ports = iter(free_ports(2 * len(names)))
+    argv = [
+        str(Path(sys.executable).with_name("weed")),
+        f"-logdir={folder}",
+        "server",
+        f"-dir={data}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-s3",
+        f"-s3.config={config}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-volume.max=300",
+        "-volume.minFreeSpace=0",
+        "-master.volumeSizeLimitMB=64",
+        "-master.telemetry=false",
+        f"-filer.localSocket={folder}/filer.sock",
+        f"-s3.localSocket={folder}/s3.sock",
+    ]
+    endpoint = ""
+    for name in names:
+        port = next(ports)
+        argv += [f"-{name}.port={port}", f"-{name}.port.grpc={next(ports)}"]
+        endpoint = endpoint or f"http://127.0.0.1:{port}"
+    log = data.with_suffix(".log")
+    return SeaweedFs(
+        endpoint=endpoint,
+        env=s3_env(endpoint),
+        client=S3(endpoint, ACCESS_KEY, SECRET_KEY),
+        argv=argv,
+        process=spawn(argv, log=log),
+        log=log,
+    )
 
 
 def _wait_for_buckets(server: SeaweedFs) -> None:
