@@ -6,8 +6,9 @@
     of at most 4 MiB of data; gaps              write it: nothing unverified reaches the target
 
 Batches are handed out in disk order and written whole, so a target that takes bytes in order only
-lets each worker wait for its turn, and memory holds one batch for each worker: once as it is stored,
-once unpacked, in a buffer that lasts as long as the worker does.
+lets each worker wait for its turn. Each worker has a buffer for one batch, as long as it lasts. What is
+stored is read for about 16 MiB of the disk at a time, which the workers share: a backup's workers took
+turns in the pack, so the frames of one batch mostly have those of the next ones between them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import run_all, worker_count
-from nbdpull.repo.ranges import Fetched
+from nbdpull.repo.ranges import RANGE_MAX, Fetched
 from nbdpull.repo.repository import DiskReader
 from nbdpull.target.base import Target
 
@@ -31,8 +32,12 @@ __all__ = ["DiskPush", "push"]
 
 _BATCH_PIECES = 256
 _BATCH_MAX = 4 << 20
-_MEMORY = 32 << 20
+_MEMORY = 8 << 20
 """Bytes of all batches together, unpacked."""
+_MAX_WORKERS = 12
+"""The interpreter's lock binds a restore at seven cores (docs/performance.md); more would only take memory."""
+_SHARED = 16 << 20
+"""Bytes of the disk whose frames are read together; two such lots are in memory at a time, mostly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +68,29 @@ class _Piece:
     interval: Interval | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Neighbouring pieces for one worker, and where their stored frames are found."""
+
+    pieces: list[_Piece]
+    fetched: Fetched
+
+
 class _Plan:
     """Hands out the disk in batches, in order. Any thread may call `take`."""
 
-    def __init__(self, disk: DiskPush, batch: int) -> None:
+    def __init__(self, disk: DiskPush, batch: int, longest: int) -> None:
         self._disk = disk
+        self._longest = longest
         self._grains = batch // GRAIN
         self._batches = self._all()
         self._lock = threading.Lock()
 
-    def take(self) -> list[_Piece] | None:
+    def take(self) -> _Batch | None:
         with self._lock:
             return next(self._batches, None)
 
-    def _all(self) -> Iterator[list[_Piece]]:
+    def _all(self) -> Iterator[_Batch]:
         for index in range(segment_count(self._disk.size)):
             base = index * SEGMENT
             end = min(base + SEGMENT, self._disk.size)
@@ -84,27 +98,52 @@ class _Plan:
                 segment = self._disk.reader.segment(index)
             except DamagedError as exc:
                 raise _lost(self._disk.name, base, end, exc) from exc
-            yield from _batches(segment, base, end, self._grains)
+            lot: list[list[_Piece]] = []
+            weight = 0
+            for batch in _batches(segment, base, end, self._grains):
+                lot.append(batch)
+                weight += sum(map(_weight, batch))
+                if weight >= _SHARED // GRAIN:
+                    yield from self._lot(lot)
+                    lot, weight = [], 0
+            yield from self._lot(lot)
+
+    def _lot(self, lot: list[list[_Piece]]) -> Iterator[_Batch]:
+        intervals = [one for batch in lot for one in _intervals(batch)]
+        fetched = self._disk.reader.fetch(intervals, limit=self._longest)
+        for batch in lot:
+            yield _Batch(batch, fetched)
+
+
+def _intervals(batch: list[_Piece]) -> list[Interval]:
+    return [piece.interval for piece in batch if piece.interval is not None]
+
+
+def _weight(piece: _Piece) -> int:
+    """Grains of memory that a piece takes: of a frame that is used in part, all of it is read."""
+    interval = piece.interval
+    return 0 if interval is None else max(interval.n, -(-interval.clen // GRAIN))
 
 
 def _batches(segment: Segment, base: int, end: int, most: int) -> Iterator[list[_Piece]]:
     """The pieces of one segment, which is [base, end) of the disk, without a gap between them.
 
-    A batch has `most` grains of data at most.
+    A batch has `most` grains at most, of data and of what is read for it.
     """
     batch: list[_Piece] = []
     grains = 0
     position = base
     for interval in segment:
         start = base + interval.start * GRAIN
-        if batch and (grains + interval.n > most or len(batch) >= _BATCH_PIECES):
+        piece = _Piece(start, min(start + interval.n * GRAIN, end), interval)
+        if batch and (grains + _weight(piece) > most or len(batch) >= _BATCH_PIECES):
             yield batch
             batch, grains = [], 0
         if start > position:
             batch.append(_Piece(position, start, None))
-        position = min(start + interval.n * GRAIN, end)
-        batch.append(_Piece(start, position, interval))
-        grains += interval.n
+        position = piece.end
+        batch.append(piece)
+        grains += _weight(piece)
     if batch:
         yield batch
     if position < end:
@@ -125,7 +164,9 @@ class _Push:
         self._disk = disk
         self._cancel = cancel
         self._batch = max(FRAME_MAX, min(_BATCH_MAX, _MEMORY // workers))
-        self._plan = _Plan(disk, self._batch)
+        # Each thread's allocator keeps room for the longest that it read.
+        longest = max(FRAME_MAX, _SHARED // workers) + GRAIN
+        self._plan = _Plan(disk, self._batch, min(longest, RANGE_MAX))
 
     def work(self) -> None:
         """A worker thread."""
@@ -140,18 +181,17 @@ class _Push:
                     self._disk.target.zero(start, end - start)
                 else:
                     written += self._disk.target.write(start, data)
-            self._disk.meter.add(batch[-1].end - batch[0].start, written_bytes=written)
+            pieces = batch.pieces
+            self._disk.meter.add(pieces[-1].end - pieces[0].start, written_bytes=written)
+            del batch  # what was read for it is not needed while waiting for the next one
 
-    def _read(
-        self, batch: list[_Piece], buffer: memoryview
-    ) -> list[tuple[int, int, memoryview | None]]:
+    def _read(self, batch: _Batch, buffer: memoryview) -> list[tuple[int, int, memoryview | None]]:
         """All of the batch, with neighbours joined: one larger write is cheaper than many."""
-        fetched = self._disk.reader.fetch(
-            [piece.interval for piece in batch if piece.interval is not None]
-        )
+        pieces, fetched = batch.pieces, batch.fetched
+        fetched.load(_intervals(pieces))
         ready: list[tuple[int, int, memoryview | None]] = []
         begin = at = 0
-        for position, piece in enumerate(batch):
+        for position, piece in enumerate(pieces):
             if self._cancel.is_set():
                 raise Cancelled
             if piece.interval is None:
@@ -159,7 +199,7 @@ class _Push:
                 continue
             self._read_piece(piece, piece.interval, fetched, buffer[at:])
             at += piece.end - piece.start
-            if position + 1 == len(batch) or batch[position + 1].interval is None:
+            if position + 1 == len(pieces) or pieces[position + 1].interval is None:
                 ready.append((piece.end - (at - begin), piece.end, buffer[begin:at]))
                 begin = at
         return ready
@@ -188,7 +228,7 @@ def push(disk: DiskPush, *, cancel: threading.Event) -> int:
         TargetError: the target failed.
         Cancelled: `cancel` was set.
     """
-    workers = worker_count()
+    workers = min(worker_count(), _MAX_WORKERS)
     state = _Push(disk, cancel, workers)
     run_all([state.work] * workers, cancel)
     return disk.meter.count("written_bytes")

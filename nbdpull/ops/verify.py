@@ -252,9 +252,9 @@ class _Verify:
         sids = [session.sid for session in manifest.sessions]
 
         def check(batch: list[Interval]) -> None:
-            fetched = reader.fetch(
-                [frame for frame in batch if not self._is_gone(place_of(frame), frame.clen)]
-            )
+            there = [frame for frame in batch if not self._is_gone(place_of(frame), frame.clen)]
+            fetched = reader.fetch(there)
+            fetched.load(there)
             for frame in batch:
                 if self._cancel.is_set():
                     raise Cancelled

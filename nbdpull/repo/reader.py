@@ -51,7 +51,7 @@ from nbdpull.model.manifest import Manifest, SessionRef
 from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.damage import DamageRecords
-from nbdpull.repo.ranges import Fetched, fetch
+from nbdpull.repo.ranges import RANGE_MAX, Fetched
 from nbdpull.repo.rebuild import pack_directory, rebuilt_table
 from nbdpull.repo.store import KeyMissingError, Store
 from nbdpull.repo.vault import Vault
@@ -370,16 +370,17 @@ class DiskReader:
                 raise FormatError("it refers to other packs than the manifest says")
         return segment
 
-    def fetch(self, intervals: Sequence[Interval]) -> Fetched:
-        """The stored frames of `intervals`, read with few requests, for `read` and `read_into`.
+    def fetch(self, intervals: Sequence[Interval], *, limit: int = RANGE_MAX) -> Fetched:
+        """The stored frames of `intervals`, to be read with few requests, for `read` and `read_into`.
 
-        Memory holds all of them, as they are stored. Nothing of it is verified yet.
+        Nothing is read before its `load`, and nothing of it is verified before `read`.
 
-        Raises:
-            StoreError: the store failed.
+        Args:
+            intervals: of this disk's map.
+            limit: most bytes of a request.
         """
         keys = {(one.session, one.seq): self.key(one.session, one.seq) for one in intervals}
-        return fetch(self._store, intervals, keys)
+        return Fetched(self._store, intervals, keys, limit=limit)
 
     def read(self, interval: Interval, fetched: Fetched | None = None) -> bytes:
         """The bytes of an interval's grains; fewer where the disk ends in its last grain.

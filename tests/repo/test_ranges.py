@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.segment import Interval
 from nbdpull.repo.local import LocalStore
-from nbdpull.repo.ranges import fetch, joined
+from nbdpull.repo.ranges import Fetched, joined
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -54,7 +54,9 @@ def store(tmp_path: Path) -> LocalStore:
 
 def test_what_was_fetched_is_what_is_stored(store: LocalStore) -> None:
     wanted = [interval(0, at, 1000) for at in (500_000, 128, 2000, 900_000)]
-    fetched = fetch(store, wanted, KEYS)
+    fetched = Fetched(store, wanted, KEYS)
+    assert fetched.find(0, 0, wanted[0].offset, 1064) is None
+    fetched.load(wanted)
     whole = store.get(KEYS[0, 0], limit=MIB)
     for one in wanted:
         end = one.offset + HEADER_SIZE + one.clen
@@ -70,7 +72,9 @@ def test_frames_behind_the_end_of_a_cut_pack_or_in_a_missing_one_are_not_among_i
     store: LocalStore,
 ) -> None:
     wanted = [interval(0, MIB - 3000, 1000), interval(0, MIB - 1000, 1000), interval(1, 128, 1000)]
-    fetched = fetch(store, wanted, KEYS)
+    fetched = Fetched(store, wanted, KEYS)
+    assert fetched.find(0, 0, wanted[0].offset, 1064) is None
+    fetched.load(wanted)
     assert fetched.find(0, 0, MIB - 3000, 1064) is not None
     assert fetched.find(0, 0, MIB - 1000, 1064) is None
     assert fetched.find(0, 1, 128, 1064) is None
