@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdpull.errors import StoreError
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.segment import Interval
 from nbdpull.repo.local import LocalStore
@@ -78,3 +80,27 @@ def test_frames_behind_the_end_of_a_cut_pack_or_in_a_missing_one_are_not_among_i
     assert fetched.find(0, 0, MIB - 3000, 1064) is not None
     assert fetched.find(0, 0, MIB - 1000, 1064) is None
     assert fetched.find(0, 1, 128, 1064) is None
+
+
+def test_threads_that_need_the_same_ranges_read_each_once_and_a_failed_one_again(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [interval(0, at, 1000) for at in range(128, MIB - 2000, 100_000)]
+    read: list[int] = []
+    get_range = LocalStore.get_range
+
+    def noted(self: LocalStore, key: str, start: int, length: int) -> bytes:
+        read.append(start)
+        if len(read) == 1:
+            raise StoreError("the store fails for a moment")
+        return get_range(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get_range", noted)
+    fetched = Fetched(store, wanted, KEYS)
+    with pytest.raises(StoreError):
+        fetched.load(wanted[:1])
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(fetched.load, wanted) for _ in range(4)]:
+            done.result()
+    assert read[0] == 128
+    assert sorted(read[1:]) == [one.offset for one in wanted]
