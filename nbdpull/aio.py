@@ -139,6 +139,9 @@ async def backup(
     keys: KeySource | None = None,
     base: str | None = None,
     digest_cache: str | os.PathLike[str] | None = None,
+    machine: bool = False,
+    definitions: Sequence[str | os.PathLike[str]] = (),
+    tpm_state: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -180,6 +183,9 @@ async def backup(
         base: a backup, of this or another VM, whose data is not stored again: that of a golden image.
         digest_cache: folder that remembers where data of all VMs is, so that none of it is stored
             again; it may be lost or old. None is none.
+        machine: also keep what the monitor tells of the VM's devices, for whoever starts it elsewhere.
+        definitions: files to keep with the backup: a libvirt XML, a script. They imply `machine`.
+        tpm_state: folder of the TPM's state (swtpm's) to keep with the backup; implies `machine`.
         progress: is told what happens, from other threads.
 
     Returns:
@@ -245,6 +251,14 @@ async def backup(
         keys=keys,
         base=base,
         digest_cache=None if digest_cache is None else os.fspath(digest_cache),
+        machine=machine,
+        definitions=_names(
+            "definitions",
+            definitions
+            if isinstance(definitions, str)
+            else [os.fspath(one) for one in definitions],
+        ),
+        tpm_state=None if tpm_state is None else os.fspath(tpm_state),
     )
     return await op.backup(options, progress=progress)
 

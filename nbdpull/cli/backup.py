@@ -151,6 +151,21 @@ def chain_option(function: _F) -> _F:
     metavar="FOLDER",
     help="Remember here where data of all VMs is, and store none of it again.",
 )
+@click.option(
+    "--machine", is_flag=True, help="Also keep what the monitor tells of the VM's devices."
+)
+@click.option(
+    "--definition",
+    "definitions",
+    multiple=True,
+    metavar="FILE",
+    help="Also keep this file, a libvirt XML or a script that starts the VM; repeatable. Implies --machine.",
+)
+@click.option(
+    "--tpm-state",
+    metavar="FOLDER",
+    help="Also keep the TPM's state, as swtpm has it in this folder. Implies --machine.",
+)
 @click.option("--profile", is_flag=True, help="Tell where the time went, after the result.")
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
@@ -179,6 +194,9 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     tags: tuple[str, ...],
     base: str | None,
     digest_cache: str | None,
+    machine: bool,
+    definitions: tuple[str, ...],
+    tpm_state: str | None,
     profile: bool,
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
@@ -221,6 +239,9 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             keys=keys_of_user(),
             base=base,
             digest_cache=digest_cache or None,
+            machine=machine,
+            definitions=definitions,
+            tpm_state=tpm_state,
             progress=progress,
         )
     for warning in result.warnings:

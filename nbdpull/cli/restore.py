@@ -88,10 +88,14 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
 
 def _summary(result: RestoreResult) -> str:
     duration = format_duration(result.duration_s)
-    return f"restored backup {result.backup} of {result.vm} in {duration}\n" + table(
-        ["disk", ">size", ">data", "to"],
-        [
-            [disk.name, format_size(disk.size), format_size(disk.written_bytes), disk.target]
-            for disk in result.disks
-        ],
+    return (
+        f"restored backup {result.backup} of {result.vm} in {duration}\n"
+        + table(
+            ["disk", ">size", ">data", "to"],
+            [
+                [disk.name, format_size(disk.size), format_size(disk.written_bytes), disk.target]
+                for disk in result.disks
+            ],
+        )
+        + "".join(f"\nmachine's state: {path}" for path in result.machine)
     )

@@ -73,6 +73,9 @@ def _text(result: ShowResult) -> str:
         "",
         disk_table(info.disks),
     ]
+    if info.machine:
+        files = [[name, format_size(size)] for name, size in info.machine]
+        parts += ["", table(["machine's state", ">size"], files)]
     if result.lineage:
         rows = [[one.backup, local_time(one.time), one.level] for one in result.lineage]
         parts += ["", table(["counted from", "time", "level"], rows)]

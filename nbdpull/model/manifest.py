@@ -24,6 +24,7 @@ import zstandard
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from nbdpull.model.archive import ARCHIVE_MAX, FILES_MAX, is_name
 from nbdpull.model.cbor import decode_map
 from nbdpull.model.columns import pack_columns, unpack_columns
 from nbdpull.model.frame import ENCRYPTED, FormatError
@@ -89,6 +90,7 @@ class Summary:
         tags: words that `forget --keep-tag` looks for.
         stored: when the store took in the manifest that this one replaces, seconds since the Unix epoch;
             None when it replaces none.
+        machine: (name, bytes) of the files of a machine's state, which this is instead of a disk; None of a disk.
     """
 
     backup: BackupId
@@ -114,6 +116,7 @@ class Summary:
     reused_bytes: int = 0
     tags: tuple[str, ...] = ()
     stored: float | None = None
+    machine: tuple[tuple[str, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +331,10 @@ def _summary_map(summary: Summary) -> dict[str, Any]:
     fields["disk_level"] = str(summary.disk_level)
     fields["tags"] = list(summary.tags)
     fields["siblings"] = [list(pair) for pair in summary.siblings]
+    if summary.machine is None:
+        del fields["machine"]
+    else:
+        fields["machine"] = [list(pair) for pair in summary.machine]
     return fields
 
 
@@ -358,7 +365,24 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
         reused_bytes=_int(fields, "reused_bytes") if "reused_bytes" in fields else 0,
         tags=_tags(fields.get("tags", [])),
         stored=None if fields.get("stored") is None else _float(fields, "stored"),
+        machine=_machine(fields["machine"]) if "machine" in fields else None,
     )
+
+
+def _machine(value: object) -> tuple[tuple[str, int], ...]:
+    pairs = [tuple(_list(entry)) for entry in _list(value)]
+    for pair in pairs:
+        if (
+            len(pair) != 2
+            or not isinstance(pair[0], str)
+            or not is_name(pair[0])
+            or type(pair[1]) is not int
+            or not 0 <= pair[1] < ARCHIVE_MAX
+        ):
+            raise FormatError("manifest has a machine's state that can't be")
+    if len(pairs) > FILES_MAX:
+        raise FormatError(f"manifest has {len(pairs)} files of a machine's state")
+    return tuple(pairs)
 
 
 def _tags(value: object) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ class BackupInfo:
         missing: disks (by name where known, else by id) whose manifest is not there.
         forgotten: it is hidden, and deleted by a collector when its undo window is over.
         protected: nothing forgets it.
+        machine: files of the machine's state that are kept with it, as (name, bytes).
     """
 
     backup: str
@@ -108,6 +109,7 @@ class BackupInfo:
     tags: tuple[str, ...] = ()
     forgotten: bool = False
     protected: bool = False
+    machine: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,12 +271,17 @@ class RestoredDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreResult:
-    """A finished restore: every byte was verified before it was written."""
+    """A finished restore: every byte was verified before it was written.
+
+    Attributes:
+        machine: paths of the files of the machine's state.
+    """
 
     backup: str
     vm: str
     duration_s: float
     disks: tuple[RestoredDisk, ...]
+    machine: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -26,6 +26,7 @@ from nbdpull.errors import (
     SourceError,
     UsageError,
 )
+from nbdpull.model.archive import File
 from nbdpull.model.chain import Decision, obsolete
 from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
@@ -45,6 +46,11 @@ from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.disknames import check_names
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.lineage import Chain, backup_level, known_disks, parent_of
+from nbdpull.ops.machinestate import (
+    MachinePart,
+    collect_files,
+    read_definitions,
+)
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
 from nbdpull.ops.reusing import Reusing
@@ -100,6 +106,9 @@ class BackupOptions:
         keys: what opens an encrypted repository; None looks in the environment.
         base: a backup, of any VM, whose frames are not stored again.
         digest_cache: folder of what is known of all backups' frames; None for none.
+        machine: keep what the monitor tells of the VM's devices; `definitions` and `tpm_state` do so, too.
+        definitions: files to keep with it.
+        tpm_state: folder of the TPM's state to keep with it.
     """
 
     source: tuple[str, ...]
@@ -127,6 +136,14 @@ class BackupOptions:
     keys: KeySource | None = None
     base: str | None = None
     digest_cache: str | None = None
+    machine: bool = False
+    definitions: tuple[str, ...] = ()
+    tpm_state: str | None = None
+
+    @property
+    def keeps_machine(self) -> bool:
+        """Whether what the monitor tells of the VM is kept."""
+        return self.machine or bool(self.definitions) or self.tpm_state is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +212,7 @@ async def backup(
     check_source(options.source, qemu)
     if options.since is not None and not options.bitmaps:
         raise UsageError("--since is about the changes that --bitmap tells; give both, or neither")
+    definitions = await call(read_definitions, options.definitions, options.tpm_state)
     check_names("chain", [options.chain])
     check_names("tag", options.tags)
     check_names("VM", [options.vm])
@@ -247,6 +265,9 @@ async def backup(
             )
             say(f"disk {disk.name}: {decision.level}, {decision.reason}")
         run = _Run(options, source, repository, chain, backup_id, chosen, progress, reuse)
+        run.definitions = definitions
+        if options.keeps_machine:
+            run.described = await source.machine()
         return await run.go()
 
 
@@ -283,6 +304,9 @@ class _Run:
         self.level = backup_level(one.decision for one in chosen)
         self.times = PullTimes(0)
         self.sessions: list[Session] = []
+        self.described: Mapping[str, object] | None = None
+        self.definitions: Sequence[File] = ()
+        self.machine: MachinePart | None = None
         self.committing = False
         self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
@@ -302,6 +326,8 @@ class _Run:
             clock = time.monotonic()
             info = RunInfo(run=self.backup_id[:8], chain=self.chain.id)
             async with self.source.freeze(info, plans, lambda _reason: self._stop()) as frozen:
+                # Before anything else: it can't be frozen, and is to be as old as the disks.
+                await call(self._keep_machine)
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
             lies = self._heed_audit(pulls)
@@ -317,6 +343,12 @@ class _Run:
         return self._result(
             summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
         )
+
+    def _keep_machine(self) -> None:
+        files = collect_files(self.definitions, self.options.tpm_state, self.described)
+        if files:
+            before = self.chain.machine()
+            self.machine = MachinePart(self.repository, vm=self.vm, files=files, before=before)
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
@@ -387,18 +419,21 @@ class _Run:
         return warnings
 
     def _seal(self, pulls: Sequence[DiskPull]) -> None:
-        for session in self.sessions:
+        for session in self._all_sessions():
             session.seal()
         for one in pulls:
             if one.healer is not None and (count := one.healer.record()):
                 self._say(f"disk {one.name}: {count} damaged frames of older backups are healed")
+
+    def _all_sessions(self) -> Sequence[Session]:
+        return [*self.sessions, *([] if self.machine is None else [self.machine.session])]
 
     def _say(self, text: str) -> None:
         if self.progress is not None:
             self.progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
     def _commit(self, pulls: Sequence[DiskPull], began: float, duration_s: float) -> list[Summary]:
-        siblings = tuple((session.disk_id, session.id) for session in self.sessions)
+        siblings = tuple((session.disk_id, session.id) for session in self._all_sessions())
         parent = parent_of((one.decision for one in self.chosen), self.chain)
         summaries = []
         for one, done, session in zip(self.chosen, pulls, self.sessions, strict=True):
@@ -434,6 +469,8 @@ class _Run:
                 )
             )
         self.committing = True
+        if self.machine is not None:
+            self.machine.commit(summaries[0])
         self.manifests = [
             session.commit(summary)
             for session, summary in zip(self.sessions, summaries, strict=True)
@@ -447,7 +484,7 @@ class _Run:
             # Ended between the commit and its confirmation: the backup counts all the same.
             await frozen.confirm(self._obsolete())
             return
-        for session in self.sessions:
+        for session in self._all_sessions():
             await call(session.abandon)
         if committed is None:
             # Nothing is touched: the next run finds the exported bitmap, asks again, and decides.

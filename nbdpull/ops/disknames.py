@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from nbdpull.errors import UsageError
 from nbdpull.model.ids import DiskId
 from nbdpull.repo.repository import Repository
 
-__all__ = ["check_names", "disk_names"]
+__all__ = ["MACHINE", "check_names", "disk_names"]
 
 
 def disk_names(repository: Repository, ids: Iterable[DiskId]) -> tuple[str, ...]:
@@ -17,13 +18,21 @@ def disk_names(repository: Repository, ids: Iterable[DiskId]) -> tuple[str, ...]
     return tuple(known.get(disk, disk) for disk in ids)
 
 
+MACHINE: Final = "(machine)"
+"""What a machine's state goes by, beside the disks. QEMU's ids begin with a letter."""
+
+
 def check_names(what: str, names: Iterable[str | None]) -> None:
-    """See that names are texts that can be stored.
+    """See that names are texts that can be stored, and not that of a machine's state.
 
     Raises:
         UsageError: one has half of a surrogate pair: an argument that is no UTF-8, or a broken escape in JSON.
     """
     for name in names:
+        if name == MACHINE:
+            raise UsageError(
+                f"{what} '{name}' has the name of a machine's state; give another name"
+            )
         try:
             (name or "").encode()
         except UnicodeEncodeError as exc:

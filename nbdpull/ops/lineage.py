@@ -208,6 +208,10 @@ class Chain:
                 continue
         return None
 
+    def machine(self) -> Summary | None:
+        """The newest machine's state of this chain."""
+        return next((found.machine for found in self.backups if found.machine is not None), None)
+
     def full_checkpoint(self, disk: str) -> str | None:
         """The bitmap that a differential of this disk would be counted from."""
         for summary in self.summaries(disk):

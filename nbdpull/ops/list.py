@@ -82,7 +82,7 @@ def disk_names(backups: Iterable[Backup]) -> dict[DiskId, str]:
 
 def backup_info(backup: Backup, names: Mapping[DiskId, str]) -> BackupInfo:
     """What is public of a backup; its disks are sorted by name."""
-    summaries = sorted(backup.disks, key=lambda summary: summary.disk)
+    summaries = sorted(backup.real_disks, key=lambda summary: summary.disk)
     return BackupInfo(
         backup=backup.id,
         vm=backup.vm,
@@ -109,4 +109,5 @@ def backup_info(backup: Backup, names: Mapping[DiskId, str]) -> BackupInfo:
         tags=backup.tags,
         forgotten=backup.forgotten is not None,
         protected=backup.protected,
+        machine=() if backup.machine is None else backup.machine.machine or (),
     )

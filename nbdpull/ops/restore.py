@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
 from nbdpull.nbdio.tls import look_at_tls, with_tls
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.lost import record_lost
+from nbdpull.ops.machinestate import read_machine
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.push import DiskPush, push
 from nbdpull.ops.threads import in_thread, worker_count
@@ -28,6 +30,8 @@ from nbdpull.target.base import Target
 from nbdpull.target.blockdev import BlockDevice
 from nbdpull.target.export import Export
 from nbdpull.target.filename import disk_file_name
+from nbdpull.target.filewriter import pwrite_all
+from nbdpull.target.partfile import PartFile, failed
 from nbdpull.target.qcow2 import Qcow2File
 from nbdpull.target.rawfile import RawFile
 from nbdpull.target.stream import Stream
@@ -95,9 +99,11 @@ def _restore(
     repository.check_restorable()
     backup = repository.find(options.backup, vm=options.vm)
     chosen = _choose(repository, backup, options)
+    wanted = _machine_of(options, backup)
     place = _place(options, chosen, cancel)
     manifests = [repository.manifest(summary) for summary in chosen]
-    _check_packs(repository, manifests, cancel)
+    machine = None if wanted is None else repository.manifest(wanted)
+    _check_packs(repository, [*manifests, *([] if machine is None else [machine])], cancel)
     restored: list[RestoredDisk] = []
     for manifest in manifests:
         summary = manifest.summary
@@ -135,14 +141,70 @@ def _restore(
         vm=backup.vm,
         duration_s=time.monotonic() - began,
         disks=tuple(restored),
+        machine=() if machine is None else _give_back(repository, machine, options),
     )
+
+
+def _machine_of(options: RestoreOptions, backup: Backup) -> Summary | None:
+    """The machine's state where it is given back: into a folder, with all disks."""
+    to = options.to
+    single = to == "-" or "://" in to or Path(to).is_block_device()
+    machine = None if single or options.disk is not None else backup.machine
+    if (
+        machine is not None
+        and not options.force
+        and os.path.lexists(folder := Path(to) / "machine")
+    ):
+        raise UsageError(
+            f"'{folder}' exists; give --force to replace what is in it, or restore elsewhere"
+        )
+    return machine
+
+
+def _give_back(
+    repository: Repository, manifest: Manifest, options: RestoreOptions
+) -> tuple[str, ...]:
+    """Write the files of a machine's state, whose names `model.archive` lets be nothing but plain ones."""
+    reader = repository.reader(manifest)
+    try:
+        files = read_machine(reader)
+    except DamagedError as exc:
+        record_lost(repository, reader, [exc.key], threading.Event())
+        raise
+    written = []
+    for name, raw in files:
+        path = Path(options.to) / "machine" / name
+        _make_folders(path.parent, Path(options.to))
+        part = PartFile(path, force=options.force)
+        try:
+            pwrite_all(part.fd, memoryview(raw), 0)
+            part.publish()
+        except OSError as exc:
+            raise failed("write", str(path), exc) from exc
+        finally:
+            part.remove()
+        written.append(str(path))
+    return tuple(written)
+
+
+def _make_folders(folder: Path, top: Path) -> None:
+    """Make folders below `top`; a link among them could lead anywhere."""
+    if folder == top:
+        return
+    _make_folders(folder.parent, top)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise failed("create", str(folder), exc) from exc
+    if folder.is_symlink():
+        raise UsageError(f"'{folder}' is a link; remove it, or restore elsewhere")
 
 
 def _choose(repository: Repository, backup: Backup, options: RestoreOptions) -> Sequence[Summary]:
     """The disks to restore."""
-    chosen: Sequence[Summary] = backup.disks
+    chosen: Sequence[Summary] = backup.real_disks
     if options.disk is not None:
-        chosen = tuple(summary for summary in backup.disks if summary.disk == options.disk)
+        chosen = tuple(summary for summary in backup.real_disks if summary.disk == options.disk)
         if not chosen:
             there = ", ".join(f"'{summary.disk}'" for summary in backup.disks)
             raise UsageError(

@@ -77,6 +77,16 @@ class Backup:
     superseded: tuple[Entry, ...] = ()
 
     @property
+    def real_disks(self) -> tuple[Summary, ...]:
+        """`disks` without the machine's state."""
+        return tuple(one for one in self.disks if one.machine is None)
+
+    @property
+    def machine(self) -> Summary | None:
+        """The machine's state, where one was kept."""
+        return next((one for one in self.disks if one.machine is not None), None)
+
+    @property
     def complete(self) -> bool:
         """Whether every disk of the backup is there."""
         return not self.missing

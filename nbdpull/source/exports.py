@@ -51,6 +51,10 @@ class ExportSource:
         """See `Source.vm_name`."""
         raise UsageError("an NBD export does not tell which VM it is of; name the VM with --vm")
 
+    async def machine(self) -> Mapping[str, object] | None:
+        """See `Source.machine`."""
+        return None
+
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
         findings = []

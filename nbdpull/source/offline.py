@@ -165,6 +165,10 @@ class OfflineSource:
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
 
+    async def machine(self) -> Mapping[str, object] | None:
+        """See `Source.machine`."""
+        return None
+
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
         findings = []

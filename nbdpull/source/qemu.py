@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from nbdpull.errors import PointInTimeLostError
@@ -24,6 +24,7 @@ from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
 from nbdpull.source.fleecing import QemuOptions, QemuPlan, QemuPointInTime, freeze
 from nbdpull.source.leftovers import sweep
 from nbdpull.source.lifeline import Lifeline
+from nbdpull.source.machine import describe
 from nbdpull.source.names import RunNames
 from nbdpull.source.place import HERE, Place, RunFolder
 from nbdpull.source.qmp import Monitor
@@ -94,6 +95,10 @@ class QemuSource:
         check_iothreads(chosen, self._monitor.version, force=self._options.force)
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
+
+    async def machine(self) -> Mapping[str, object] | None:
+        """See `Source.machine`."""
+        return None if self._monitor.storage_daemon else await describe(self._monitor)
 
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
