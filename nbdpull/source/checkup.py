@@ -18,6 +18,7 @@ from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.leftovers import sweep_dry
 from nbdpull.source.names import RunNames, checkpoint_parts, run_of
 from nbdpull.source.place import HERE, Place
+from nbdpull.source.presence import why_absent
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.whole import whole
 
@@ -68,6 +69,9 @@ def _version(monitor: Monitor) -> Iterator[Finding]:
 async def _guest(monitor: Monitor) -> Finding:
     if monitor.storage_daemon:
         return _ok("guest", "there is none: this is a qemu-storage-daemon")
+    absent = await why_absent(monitor)
+    if absent is not None:
+        return _problem("guest", str(absent))
     status = (await monitor.execute("query-status"))["status"]
     if status in {"io-error", "internal-error", "guest-panicked"}:
         return _problem("guest", f"is in state '{status}': mend that first")
@@ -139,7 +143,7 @@ def _leftovers(found: Swept) -> Iterator[Finding]:
         yield _warning(
             "other runs",
             f"a run that is dead left {', '.join(found.removed)}: the next backup removes it, and so does"
-            " 'nbdpull cleanup'",
+            " 'nbdpull cleanup'; until then the VM can't be migrated",
         )
     if not found.live and not found.removed:
         yield _ok("other runs", "none, and nothing is left of earlier ones")

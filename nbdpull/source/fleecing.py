@@ -44,6 +44,7 @@ from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
 from nbdpull.source.names import RunNames
 from nbdpull.source.noroom import NoRoom
 from nbdpull.source.place import RunFolder
+from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.scratch import Overwritten, ScratchGuard
@@ -209,6 +210,8 @@ class QemuPointInTime:
     async def _build(self, uri_of: Callable[[str], str]) -> None:
         await self._add_scratch()
         await self._freeze()
+        # From here on a migration can't complete, because of what was just made: one that was quicker shows.
+        await check_present(self._monitor)
         await self._serve(uri_of)
 
     async def _freeze(self) -> None:

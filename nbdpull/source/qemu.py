@@ -27,6 +27,7 @@ from nbdpull.source.lifeline import Lifeline
 from nbdpull.source.machine import describe
 from nbdpull.source.names import RunNames
 from nbdpull.source.place import HERE, Place, RunFolder
+from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.whole import finished, whole
 
@@ -89,6 +90,7 @@ class QemuSource:
 
     async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[QemuDisk]:
         """See `Source.disks`."""
+        await check_present(self._monitor)
         disks, skipped = await find_disks(self._monitor)
         wanted = select_disks(disks, skipped, include=include, exclude=exclude)
         chosen = [disk for disk in disks if disk.name in wanted]
