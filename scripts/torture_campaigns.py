@@ -40,7 +40,11 @@ def _search(arguments: argparse.Namespace) -> str:
                 writers=arguments.writers,
                 collectors=arguments.collectors,
                 rounds=arguments.rounds,
-                order=order,
+                order=(*range(arguments.writers, 2, -1), *order),
+                adoption=arguments.adoption,
+                pins=not arguments.no_pins,
+                idle=not arguments.no_idle,
+                tombstones=arguments.tombstones,
                 mutant=Mutant[arguments.mutant] if arguments.mutant else None,
             )
         )
@@ -207,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--all-orders", action="store_true", help="of listings, not one of six"
             )
+            verb.add_argument(
+                "--adoption", action="store_true", help="writers take over dead sessions"
+            )
+            verb.add_argument("--no-pins", action="store_true", help="no writer builds on another")
+            verb.add_argument("--no-idle", action="store_true", help="no session is taken for idle")
+            verb.add_argument("--tombstones", type=int, default=3, help="most that are made")
             verb.add_argument("--mutant", choices=[mutant.name for mutant in Mutant])
         if name == "machine":
             verb.add_argument("--qemu", choices=["7.2", "10"], default="7.2")

@@ -55,6 +55,7 @@ __all__ = [
     "PackPlace",
     "encode_index",
     "encode_table",
+    "index_digest",
     "index_envelope",
 ]
 
@@ -278,6 +279,23 @@ class IndexTable:
         if not sound.all() or (np.diff(seq) <= 0).any():
             raise FormatError("session index has packs that can't be")
         return cls(rows, end, keys)
+
+
+def index_digest(raw: bytes, *, sealed: bool) -> bytes:
+    """BLAKE3 of the head and table that stored bytes begin with: what a manifest would vouch for.
+
+    For an index that no manifest vouches for yet, of a session that another one takes over.
+
+    Raises:
+        FormatError: they are too short for that.
+    """
+    if len(raw) < _HEAD.size:
+        raise FormatError(f"session index has {len(raw)} bytes, expected {_HEAD.size} or more")
+    count = _HEAD.unpack_from(raw)[3]
+    end = _table_bounds(raw, count, sealed=sealed)[1]
+    if not 0 < count <= PACKS_PER_INDEX or end > len(raw):
+        raise FormatError(f"session index of {len(raw)} bytes or more claims {count} packs")
+    return blake3(raw[:end]).digest()
 
 
 def _table_bounds(raw: bytes, count: int, *, sealed: bool) -> tuple[int, int]:

@@ -14,10 +14,12 @@ from blake3 import blake3
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex
 
-__all__ = ["INTENT_MAX", "Intent", "checked_intent", "is_pin"]
+__all__ = ["ADOPTS_MAX", "INTENT_MAX", "Adopts", "Intent", "checked_intent", "is_pin"]
 
 INTENT_MAX: Final = 1 << 20
 """Some 15,000 pins."""
+ADOPTS_MAX: Final = 64
+"""Sessions that one session takes over, half a kilobyte each."""
 
 _CHECK: Final = ', "check": "{}"}}'
 _CHECK_DIGITS: Final = 16
@@ -39,6 +41,19 @@ def is_pin(text: str) -> bool:
     return is_hex(disk, 32) and is_hex(sid, 32)
 
 
+@dataclass(frozen=True, slots=True)
+class Adopts:
+    """A session that another one wants to take over.
+
+    Attributes:
+        session: of the same disk.
+        keys: its sealed keys, where it is encrypted; its own intent may go as soon as it is taken over.
+    """
+
+    session: SessionId
+    keys: bytes | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
     """What a session says before it begins.
@@ -50,6 +65,8 @@ class Intent:
         brings: other sessions, whose packs and indexes it copies here: they are spared like its own.
         host, time: for people; no host where the repository is encrypted.
         keys: the session's sealed keys, where it is encrypted.
+        adopts: sessions that it wants to take over: whose they are is told by their registers alone.
+        process: what tells on its own host whether its process has died, see `nbdpull.repo.alive`.
     """
 
     role: str
@@ -59,6 +76,8 @@ class Intent:
     host: str = ""
     time: float = 0.0
     keys: bytes | None = None
+    adopts: tuple[Adopts, ...] = ()
+    process: str = ""
 
     def encode(self) -> bytes:
         """The object's bytes."""
@@ -74,6 +93,13 @@ class Intent:
             fields["host"] = self.host
         if self.keys is not None:
             fields["keys"] = self.keys.hex()
+        if self.process:
+            fields["process"] = self.process
+        if self.adopts:
+            fields["adopts"] = [
+                {"session": one.session} | ({} if one.keys is None else {"keys": one.keys.hex()})
+                for one in self.adopts
+            ]
         return checked_intent(json.dumps(fields).encode())
 
     @classmethod
@@ -105,10 +131,7 @@ class Intent:
         ):
             raise FormatError("it brings a session that can't be")
         host, time, keys = fields.get("host"), fields.get("time"), fields.get("keys")
-        try:
-            envelope = bytes.fromhex(keys) if isinstance(keys, str) else None
-        except ValueError as exc:
-            raise FormatError("its 'keys' are no hex digits") from exc
+        process = fields.get("process")
         return cls(
             role=role,
             disk=disk,
@@ -116,5 +139,24 @@ class Intent:
             brings=tuple(map(SessionId, brings)),
             host=host if isinstance(host, str) else "",
             time=float(time) if isinstance(time, float) else 0.0,
-            keys=envelope,
+            keys=_envelope(keys),
+            adopts=_adopts(fields.get("adopts")),
+            process=process if isinstance(process, str) else "",
         )
+
+
+def _envelope(keys: object) -> bytes | None:
+    try:
+        return bytes.fromhex(keys) if isinstance(keys, str) else None
+    except ValueError as exc:
+        raise FormatError("its 'keys' are no hex digits") from exc
+
+
+def _adopts(listed: object) -> tuple[Adopts, ...]:
+    found = []
+    for one in listed if isinstance(listed, list) else ():
+        sid = one.get("session") if isinstance(one, dict) else None
+        if not isinstance(sid, str) or not is_hex(sid, 32):
+            raise FormatError("it adopts what is no session")
+        found.append(Adopts(SessionId(sid), _envelope(one.get("keys"))))
+    return tuple(found)

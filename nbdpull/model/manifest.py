@@ -43,6 +43,8 @@ __all__ = [
     "SegmentRef",
     "SessionRef",
     "Summary",
+    "adopted_by",
+    "adopter",
     "decode_summary",
     "manifest_envelope",
     "register_kind",
@@ -64,6 +66,29 @@ _BODY: Final = b"manifest"
 # What a register holds when it is no manifest.
 REVOKED: Final = b"NBDPREV1"
 _ADOPTED: Final = b"NBDPADO1"
+_SESSION_SIZE: Final = 16
+_CHECK_SIZE: Final = 8
+
+
+def adopted_by(sid: SessionId) -> bytes:
+    """The mark of a register whose session was taken over by session `sid` of the same disk.
+
+    Its last bytes tell that none of the others is another: by them a collector decides what to delete.
+    """
+    raw = _ADOPTED + bytes.fromhex(sid)
+    return raw + blake3(raw).digest(_CHECK_SIZE)
+
+
+def adopter(raw: bytes) -> SessionId:
+    """The session that a register's mark names.
+
+    Raises:
+        FormatError: it was not made by `adopted_by`.
+    """
+    sid = SessionId(raw[len(_ADOPTED) :][:_SESSION_SIZE].hex())
+    if len(sid) != 2 * _SESSION_SIZE or adopted_by(sid) != raw:
+        raise FormatError(f"a mark of {len(raw)} bytes that names no session, or was damaged")
+    return sid
 
 
 def register_kind(raw: bytes) -> str:

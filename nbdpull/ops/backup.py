@@ -55,11 +55,12 @@ from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call
-from nbdpull.repo.repository import DiskReader, Repository, Session
+from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
 from nbdpull.source.base import Disk, DiskPlan, PointInTime, RunInfo, Source
 from nbdpull.source.fleecing import GUEST_DELAY_S, QemuOptions
 from nbdpull.source.names import checkpoint_name, checkpoint_parts
 from nbdpull.source.open import check_source, open_source
+from nbdpull.units import format_size
 from nbdpull.version import __version__
 
 __all__ = [
@@ -352,17 +353,23 @@ class _Run:
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
-        for one, served in zip(self.chosen, frozen.disks, strict=True):
-            session = self.repository.begin(
-                vm=self.vm,
-                disk=one.disk.name,
-                parent=one.parent,
-                like=one.like,
-                base=self.reuse.index,
-                cache=self.reuse.cache,
-                compression_level=self.options.compression_level,
-            )
+        for number, served in enumerate(frozen.disks):
+            context = served.context
+            try:
+                session = self._begin_session(self.chosen[number])
+            except ParentGoneError as exc:
+                if not served.whole:
+                    raise
+                self._read_in_full(number, str(exc))
+                context = None
+                session = self._begin_session(self.chosen[number])
+            one = self.chosen[number]
             self.sessions.append(session)
+            if session.adopted.packs:
+                self._say(
+                    f"disk {one.disk.name}: a backup that did not come to its end stored"
+                    f" {format_size(session.adopted.nbytes)}; what of it is still the same is not stored again"
+                )
             reader: DiskReader | None = None
             if one.parent is not None:
                 reader = self.repository.reader(one.parent)
@@ -371,7 +378,7 @@ class _Run:
                     name=one.disk.name,
                     size=one.disk.size,
                     uri=served.uri,
-                    context=served.context,
+                    context=context,
                     granularity=served.granularity,
                     overwritten=served.overwritten,
                     trims=served.trims,
@@ -383,6 +390,25 @@ class _Run:
                 )
             )
         return pulls
+
+    def _begin_session(self, one: _Chosen) -> Session:
+        return self.repository.begin(
+            vm=self.vm,
+            disk=one.disk.name,
+            parent=one.parent,
+            like=one.like,
+            base=self.reuse.index,
+            cache=self.reuse.cache,
+            compression_level=self.options.compression_level,
+        )
+
+    def _read_in_full(self, number: int, reason: str) -> None:
+        """Do without the parent that is gone: the point in time holds the whole disk."""
+        one = self.chosen[number]
+        decision = Decision(level=Level.FULL, reason=reason)
+        self.chosen[number] = replace(one, decision=decision, parent=None)
+        self.level = backup_level(one.decision for one in self.chosen)
+        self._say(f"disk {one.disk.name}: {decision.level}, {reason}")
 
     async def _pull(self, frozen: PointInTime, pulls: Sequence[DiskPull]) -> None:
         def started(stop: Callable[[], None]) -> None:

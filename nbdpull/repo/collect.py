@@ -5,7 +5,8 @@ The order of the steps is the proof; `tests/protocol/` searches every interleavi
     1. end undo windows: t/ for what was forgotten long enough ago; read all t/: the set T
     2. list d/ and x/               only what is listed here is ever deleted below
     3. list s/; revoke the idle     create m/... = "revoked": one winner against the writer's commit
-    4. list m/, read the manifests; then b/: which packs hold copies of damaged frames that these need
+    4. list m/, read the manifests; then b/: which packs hold copies of damaged frames that these need.
+       A register "adopted by X" hands the session's packs to X, which may be live or have ended
     5. list t/ again: any that is not in T, and it begins again at 1
     6. delete what of (2) is referred to by no manifest outside T, no live session, and no pin of one
     7. delete the manifests of T that no live session pins, then marks and intents nobody needs
@@ -40,7 +41,8 @@ from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex, make_session_id
 from nbdpull.model.index import PACKS_PER_INDEX
 from nbdpull.model.intent import INTENT_MAX, Intent, is_pin
-from nbdpull.model.manifest import MANIFEST_MAX, REVOKED, Manifest, register_kind
+from nbdpull.model.manifest import MANIFEST_MAX, REVOKED, Manifest, adopter, register_kind
+from nbdpull.repo import alive
 from nbdpull.repo.damage import Pack, kept_packs, stale_records
 from nbdpull.repo.marks import REPLACED, read_marks, reason_of, there, tombstones
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, Store
@@ -49,8 +51,6 @@ __all__ = ["Collected", "Collector"]
 
 _log = logging.getLogger(__name__)
 
-IDLE_S: Final = 24 * 3600.0
-"""A session that made no object for so long is taken for dead."""
 _HOPELESS_S: Final = 31 * 86400.0
 """Writers commit within 30 days of their beginning, or not at all."""
 _STUB_S: Final = 366 * 86400.0
@@ -110,6 +110,7 @@ class _References:
         self._indexes: dict[str, set[int]] = defaultdict(set)
         self.manifests: set[str] = set()
         self.marked: set[str] = set()  # registers that are no manifest
+        self.adopters: dict[str, str] = {}  # of these, by whom a session was taken over: pins
 
     def add(self, pin: str, manifest: Manifest) -> None:
         sids = [session.sid for session in manifest.sessions]
@@ -140,10 +141,10 @@ class _Spared:
     """All packs that are spared, as a container."""
 
     references: _References
-    live: frozenset[str]
+    sessions: frozenset[str]
 
     def __contains__(self, pack: object) -> bool:
-        return pack in self.references or (isinstance(pack, tuple) and pack[0] in self.live)
+        return pack in self.references or (isinstance(pack, tuple) and pack[0] in self.sessions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,12 @@ class _View:
     registers: Mapping[str, Listed]
     live: frozenset[str]
     pinned: frozenset[str]
+    adopted: frozenset[str]  # sessions whose packs a live one took over
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """Sessions whose packs stay, whoever refers to them."""
+        return self.live | self.adopted
 
 
 class Collector:
@@ -245,12 +252,13 @@ class Collector:
             registers = self._list_registers()
             with suppress(_Vanished):
                 live, pinned = self._read_manifests(doomed, sessions, registers)
+                adopted = self._adopted(objects, registers, live)
                 if self._repository:
                     needed = kept_packs(self._store, self._repository, self._references)
                     self._references.add_packs(needed)
                 if self._is_current(doomed):
                     self.collected.live = sorted(one.id for one in sessions if one.id in live)
-                    return _View(doomed, objects, sessions, registers, live, pinned)
+                    return _View(doomed, objects, sessions, registers, live, pinned, adopted)
             _log.debug("another collector was ahead; looking again")
         raise RepositoryError(
             f"other collectors were ahead {_ROUNDS} times; nothing was deleted; run it again later"
@@ -351,7 +359,7 @@ class Collector:
 
     def _revoke(self, sessions: Iterable[_Session]) -> None:
         for session in sessions:
-            if session.intent.role == "gc" or session.idle_s <= IDLE_S:
+            if session.intent.role == "gc" or session.idle_s <= alive.IDLE_S:
                 continue
             if self._dry_run:
                 continue
@@ -387,7 +395,7 @@ class Collector:
         for session in sessions:
             if session.intent.role == "gc" or session.pin in registers:
                 continue
-            if self._dry_run and session.idle_s > IDLE_S:
+            if self._dry_run and session.idle_s > alive.IDLE_S:
                 if session.id not in self.collected.revoked:
                     self.collected.revoked.append(session.id)
                 continue
@@ -416,13 +424,68 @@ class Collector:
                 self._references.add(pin, manifest)
         return frozenset(live), frozenset(pinned)
 
+    def _adopted(
+        self,
+        objects: Mapping[str, Sequence[Listed]],
+        registers: Mapping[str, Listed],
+        live: Collection[str],
+    ) -> frozenset[str]:
+        """Sessions that were taken over by one that lives, by itself or through others.
+
+        Raises:
+            _Vanished: one that took over has committed, or been taken over itself, since the listings.
+        """
+        found = set()
+        for pin in self._references.adopters:
+            sid = pin.partition("/")[2]
+            if sid not in objects:
+                continue
+            owner = self._owner(pin)
+            if owner is None or owner.partition("/")[2] in live or self._lives(owner, registers):
+                found.add(sid)
+        return frozenset(found)
+
+    def _owner(self, pin: str) -> str | None:
+        """Who a session that was taken over belongs to in the end; None when they go in a circle.
+
+        No writer makes such a thing: nothing is deleted for it.
+        """
+        seen = set()
+        while pin in self._references.adopters:
+            if pin in seen:
+                return None
+            seen.add(pin)
+            pin = self._references.adopters[pin]
+        return pin
+
+    def _lives(self, pin: str, registers: Mapping[str, Listed]) -> bool:
+        """Whether a session that was not listed as live is so now.
+
+        The intent is looked for first: it is older than the mark that named the session, and goes only when
+        the session's register is there, which goes only after its tombstone.
+        """
+        if pin in registers:
+            return False
+        sid = SessionId(pin.partition("/")[2])
+        if self._dry_run and sid in self.collected.revoked:
+            return False
+        begun = there(self._store, f"s/{sid}")
+        if there(self._store, f"m/{pin}"):
+            raise _Vanished
+        return begun
+
     def _manifest(self, pin: str) -> Manifest | None:
         """The manifest of a register, None when it holds a mark instead."""
         key = f"m/{pin}"
         raw = self._store.get(key, limit=MANIFEST_MAX)
-        if register_kind(raw) in {"revoked", "adopted"}:
+        kind = register_kind(raw)
+        if kind == "revoked":
             return None
         try:
+            if kind == "adopted":
+                disk = pin.partition("/")[0]
+                self._references.adopters[pin] = f"{disk}/{_adopter(key, raw)}"
+                return None
             return self._decode(key, raw)
         except DamagedError as exc:
             raise DamagedError(
@@ -436,7 +499,7 @@ class Collector:
     def _delete_objects(self, view: _View) -> None:
         def garbage() -> Iterator[Listed]:
             for sid, listed in view.objects.items():
-                if sid not in view.live:
+                if sid not in view.spared:
                     yield from (one for one in listed if not self._references.spares(one.key))
 
         for one in self._delete(garbage()):
@@ -459,7 +522,7 @@ class Collector:
             session.listed
             for session in view.sessions
             if (
-                session.idle_s > IDLE_S
+                session.idle_s > alive.IDLE_S
                 if session.intent.role == "gc"
                 else session.pin in view.registers
             )
@@ -489,7 +552,7 @@ class Collector:
             and pin.partition("/")[2] not in busy
         ]
         if self._repository:
-            kept = _Spared(self._references, view.live)
+            kept = _Spared(self._references, view.spared)
             marks += stale_records(self._store, self._repository, kept)
         self.collected.marks += sum(1 for _ in self._delete(marks))
 
@@ -523,6 +586,13 @@ class Collector:
                     self.collected.refused.append(done.key)
         if unlocks:
             self.collected.unlock = min([*unlocks, self.collected.unlock or unlocks[0]])
+
+
+def _adopter(key: str, raw: bytes) -> SessionId:
+    try:
+        return adopter(raw)
+    except FormatError as exc:
+        raise DamagedError(f"register {key} is damaged: {exc}", key=key) from exc
 
 
 def _is_number(prefix: str, text: str) -> bool:

@@ -31,7 +31,7 @@ from nbdpull.errors import (
 from nbdpull.model.config import CONFIG_MAX, Config, Lock
 from nbdpull.model.crypto import KEY_SIZE, Kdf
 from nbdpull.model.frame import FormatError
-from nbdpull.model.ids import SessionId, disk_id, is_hex, make_session_id
+from nbdpull.model.ids import DiskId, SessionId, disk_id, is_hex, session_id_of
 from nbdpull.model.intent import Intent
 from nbdpull.model.keyring import Ring
 from nbdpull.model.keysource import KeySource
@@ -46,6 +46,8 @@ from nbdpull.model.manifest import (
 )
 from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo import marks as marking
+from nbdpull.repo.adopt import Adoption
+from nbdpull.repo.alive import KeepAlive, process_token
 from nbdpull.repo.catalog import Backup, Entry, Vanished, group
 from nbdpull.repo.collect import Collector
 from nbdpull.repo.copier import REPLICA, Copier, replica_mark
@@ -513,7 +515,7 @@ class Repository:
         """Begin to write one disk of a backup.
 
         The intent is on record before an earlier backup is looked at: from then on a collector spares
-        what that one needs.
+        what that one needs. What dead sessions of the disk had stored is taken over (`repo.adopt`).
 
         Args:
             vm: whose disk it is.
@@ -532,12 +534,14 @@ class Repository:
             ParentGoneError: one of them is being forgotten; begin again without it.
             StoreError: the repository can't be written.
         """
-        sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         vault = self._vault
-        keys = None if vault is None else vault.new_session(sid)
         own = disk_id(vm, disk, None if vault is None else vault.ring.digest_key)
+        sid = session_id_of(own, time.time_ns() // 1_000_000, os.urandom(8))
         # Repacking stores again what is here already: that is its purpose.
         shares = self.reuses and role in {"backup", "rekey"}
+        adoption = Adoption(self._store, repository=self.id, disk=own, own=sid, vault=vault)
+        if shares and role == "backup":
+            adoption.find()
         plan = ReusePlan(
             self._store,
             self._read,
@@ -546,15 +550,38 @@ class Repository:
             like=(like or parent) if shares and role == "backup" else None,
             base=base if shares else None,
             cache=cache if shares else None,
+            adoption=adoption,
         )
+        # Before the intent, by which others find it: they must not take it for dead.
+        alive = KeepAlive(self._store, sid)
+        try:
+            return self._begin(sid, own, parent, plan, adoption, alive, compression_level, role)
+        except BaseException:
+            alive.stop()
+            raise
+
+    def _begin(
+        self,
+        sid: SessionId,
+        disk: DiskId,
+        parent: Manifest | None,
+        plan: ReusePlan,
+        adoption: Adoption,
+        alive: KeepAlive,
+        compression_level: int,
+        role: str,
+    ) -> Session:
+        keys = None if self._vault is None else self._vault.new_session(sid)
         intent = Intent(
             role=role,
-            disk=own,
+            disk=disk,
             pins=plan.pins,
             # Where it is encrypted only names of objects, which whoever sees the store sees anyway.
             host=socket.gethostname() if keys is None else "",
             keys=None if keys is None else keys.envelope,
             time=time.time(),
+            adopts=adoption.names,
+            process=process_token(),
         )
         self._store.create(f"s/{sid}", intent.encode())
         gone = plan.look()
@@ -562,18 +589,21 @@ class Repository:
             raise ParentGoneError(
                 f"the backup that was to be built on, m/{gone[0]}, is being forgotten"
             )
+        adoption.take()
         table = SessionTable(parent.sessions if parent is not None else (), sid)
         return Session(
             self._store,
             repository=self.id,
             sid=sid,
-            disk_id=own,
+            disk_id=disk,
             parent=parent,
             compression_level=compression_level,
             table=table,
             reuse=plan.open(table),
             keys=keys,
             hold=self._hold if self.config.lock is not None else None,
+            alive=alive,
+            adopted=adoption.adopted,
         )
 
     def _hold(self, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.frame import FrameHeader, FrameKind
 from nbdpull.model.grain import GRAIN, Kinds
-from nbdpull.model.ids import SessionId
+from nbdpull.model.ids import SessionId, is_hex
 from nbdpull.model.index import PACKS_PER_INDEX
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.reader import DiskReader
@@ -75,16 +75,23 @@ class PackListing:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._sizes: dict[SessionId, dict[str, int]] = {}
+        self._sizes: dict[SessionId, dict[int, int]] = {}
 
     def has(self, sid: SessionId, seq: int, size: int) -> bool:
         """Whether the pack is there with that size."""
+        return self.sizes(sid).get(seq) == size
+
+    def sizes(self, sid: SessionId) -> Mapping[int, int]:
+        """Bytes of each of a session's packs, by number."""
         with self._lock:
             sizes = self._sizes.get(sid)
             if sizes is None:
-                sizes = {entry.key: entry.size for entry in self._store.list(f"d/{sid}")}
-                self._sizes[sid] = sizes
-        return sizes.get(f"d/{sid}/{seq:08x}") == size
+                sizes = self._sizes[sid] = {
+                    int(name, 16): entry.size
+                    for entry in self._store.list(f"d/{sid}")
+                    if is_hex(name := entry.key.rpartition("/")[2], 8)
+                }
+        return sizes
 
 
 class ReuseSource:

@@ -8,6 +8,7 @@ from typing import Final
 
 from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.manifest import Manifest
+from nbdpull.repo.adopt import Adoption
 from nbdpull.repo.digestcache import CacheFinder, DigestCache
 from nbdpull.repo.digestindex import DigestIndex, IndexFinder
 from nbdpull.repo.reader import DiskReader
@@ -39,6 +40,7 @@ class ReusePlan:
         like: compared with place by place.
         base: found by digest.
         cache: found by digest.
+        adoption: of dead sessions, which the caller takes before `open`; found by digest.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class ReusePlan:
         like: Manifest | None = None,
         base: DigestIndex | None = None,
         cache: DigestCache | None = None,
+        adoption: Adoption | None = None,
     ) -> None:
         self._store = store
+        self._adoption = adoption
         self._load = load
         self._reader = reader
         self._like = like
@@ -90,6 +94,8 @@ class ReusePlan:
             return source(manifest) if pin_of(manifest) in self._alive else None
 
         finders: list[FrameFinder] = []
+        if self._adoption is not None:
+            finders += self._adoption.open(table, listing)
         if self._base is not None:
             finders.append(IndexFinder(self._base, [pinned(one) for one in self._base.manifests]))
         if self._cache is not None:

@@ -48,6 +48,7 @@ from nbdpull.model.manifest import (
 )
 from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Segment
+from nbdpull.repo.adopt import Adopted
 from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
@@ -101,6 +102,7 @@ class Session:
         stored_bytes: added to the repository so far.
         reused_bytes: of disk data that the repository had already.
         stages: where the time of its threads went.
+        adopted: what it took over from sessions that died.
         lost: digests of frames that are known to be damaged: whatever has one is stored, never referred
             to where it was.
     """
@@ -118,7 +120,10 @@ class Session:
         reuse: Reuse | None = None,
         keys: SessionKeys | None = None,
         hold: Callable[[Manifest], None] | None = None,
+        alive: KeepAlive | None = None,
+        adopted: Adopted | None = None,
     ) -> None:
+        self._alive = alive or KeepAlive(store, sid)
         self._store = store
         self._hold = hold
         self._keys = keys
@@ -148,7 +153,7 @@ class Session:
         self.reused_bytes = 0
         self.stages = Stages()
         self.lost: frozenset[bytes] = frozenset()
-        self._alive = KeepAlive(store, sid)
+        self.adopted = adopted or Adopted()
 
     # -- frames ------------------------------------------------------------------------------------
 
@@ -480,6 +485,11 @@ class Session:
                 raise RepositoryError(
                     f"session {self.id} was revoked: it idled so long that its packs may be collected;"
                     " run the backup again"
+                ) from exc
+            if register_kind(there) == "adopted":
+                raise RepositoryError(
+                    f"session {self.id} was taken over by a later backup of this disk: this one made no"
+                    " object for a day; run the backup again"
                 ) from exc
             if there != raw:
                 raise StoreError(

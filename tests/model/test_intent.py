@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdpull.model.frame import FormatError
-from nbdpull.model.intent import Intent, checked_intent, is_pin
+from nbdpull.model.intent import Adopts, Intent, checked_intent, is_pin
 
 HEX = st.text("0123456789abcdef", min_size=32, max_size=32)
 PINS = st.builds("{}/{}".format, HEX, HEX)
@@ -25,6 +25,10 @@ PINS = st.builds("{}/{}".format, HEX, HEX)
         host=st.text(max_size=20),
         time=st.floats(allow_nan=False, allow_infinity=False),
         keys=st.none() | st.binary(max_size=200),
+        adopts=st.lists(
+            st.builds(Adopts, HEX, st.none() | st.binary(max_size=200)), max_size=4
+        ).map(tuple),
+        process=st.text(max_size=40),
     )
 )
 def test_what_is_written_is_read_back(intent: Intent) -> None:
@@ -47,6 +51,9 @@ GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
         {"disk": 3},
         {"role": None},
         {"pins": None},
+        {"adopts": [{"session": "ab" * 15}]},
+        {"adopts": [{"session": "ab" * 16, "keys": "x"}]},
+        {"adopts": ["ab" * 16]},
         {"pins": ["ab" * 16]},
         {"pins": ["../../etc/passwd"]},
         {"pins": [3]},
@@ -58,7 +65,7 @@ GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
 )
 def test_what_no_session_writes_is_refused(change: dict[str, object]) -> None:
     assert Intent.decode(checked_intent(json.dumps(GOOD).encode())).disk == "ab" * 16
-    with pytest.raises(FormatError, match=r"it (is|has|brings)|its '(disk|keys)'"):
+    with pytest.raises(FormatError, match=r"it (is|has|brings|adopts)|its '(disk|keys)'"):
         Intent.decode(checked_intent(json.dumps(GOOD | change).encode()))
 
 

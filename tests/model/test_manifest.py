@@ -21,6 +21,8 @@ from nbdpull.model.manifest import (
     Manifest,
     SegmentRef,
     SessionRef,
+    adopted_by,
+    adopter,
     decode_summary,
     register_kind,
     summary_end,
@@ -268,3 +270,16 @@ def test_a_session_nobody_refers_to_costs_next_to_nothing() -> None:
     many = replace(one, sessions=gone)
     assert Manifest.decode(many.encode()) == many
     assert len(many.encode()) < len(one.encode()) + 200
+
+
+def test_a_mark_names_who_took_a_session_over_and_no_digit_of_it_can_flip() -> None:
+    mark = adopted_by(SessionId("ab" * 16))
+    assert register_kind(mark) == "adopted"
+    assert adopter(mark) == "ab" * 16
+    for at in range(len(mark)):
+        with pytest.raises(FormatError):
+            adopter(mark[:at] + bytes([mark[at] ^ 1]) + mark[at + 1 :])
+        with pytest.raises(FormatError):
+            adopter(mark[:at])
+    with pytest.raises(FormatError):
+        adopter(mark + b"x")

@@ -18,7 +18,7 @@ from nbdpull.errors import (
 )
 from nbdpull.model.intent import Intent
 from nbdpull.model.manifest import REVOKED
-from nbdpull.repo import collect
+from nbdpull.repo import alive
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
 from nbdpull.repo.store import AccessDeniedError
@@ -293,7 +293,7 @@ def test_a_copy_that_was_taken_for_dead_says_so(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def revoke() -> None:
-        monkeypatch.setattr(collect, "IDLE_S", -1.0)
+        monkeypatch.setattr(alive, "IDLE_S", -1.0)
         nbdpull.gc(world.target, undo_window_s=0)
         monkeypatch.undo()
 

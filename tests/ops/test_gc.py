@@ -234,7 +234,7 @@ def test_a_store_that_is_away_does_not_end_the_saying(monkeypatch: pytest.Monkey
     while len(made) < 5:
         time.sleep(0.01)
     alive.stop()
-    assert made[:3] == [f"a/{'ab' * 16}/{number}" for number in range(3)]
+    assert made[:3] == [f"a/{'ab' * 16}/{number}" for number in range(1, 4)]
 
 
 def test_a_session_that_nobody_ends_falls_silent_when_it_is_gone() -> None:

@@ -147,6 +147,8 @@ def forget(repository: Repository, first: Manifest) -> None:
 
 
 def remove(repository: Repository, first: Manifest) -> None:
+    """What a collector leaves that is killed after it deleted a manifest: the intent is there still."""
+    forget(repository, first)
     repository._store.delete(f"m/{first.summary.disk_id}/{first.summary.session}")
 
 

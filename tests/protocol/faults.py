@@ -17,7 +17,7 @@ from typing import Final, Self
 
 from nbdpull.errors import Error
 from nbdpull.model.results import Level
-from nbdpull.repo import collect as collect_module
+from nbdpull.repo import alive
 from nbdpull.repo.cloud import parse_cloud
 from nbdpull.repo.objects import ObjectStore
 from nbdpull.repo.patience import PATIENCE, Patience
@@ -223,9 +223,9 @@ class _Schedule:
 
     def _collect_all(self, store: ObjectStore) -> None:
         """Collect; sessions of backups that failed count as dead at once."""
-        idle_s = collect_module.IDLE_S
-        collect_module.IDLE_S = -1.0  # type: ignore[misc]
+        idle_s = alive.IDLE_S
+        alive.IDLE_S = -1.0  # type: ignore[misc]
         try:
             self._world.collect(store)
         finally:
-            collect_module.IDLE_S = idle_s  # type: ignore[misc]
+            alive.IDLE_S = idle_s  # type: ignore[misc]

@@ -5,8 +5,10 @@ The steps are those of docs/internals/collection.md and of the code:
     writer      W0 it chooses what to build on         W1 Repository.begin: create s/
                 W2 Repository.is_alive: m/, then t/
                 W3 Session.put: a pack                 W5 Session.commit
+                WA Adoption._claim: create m/, then t/   WL PackListing.sizes
     collector   C1 Collector._end_undo, tombstones     C2 _list_objects     C3 _list_sessions, _revoke
-                C4 _list_registers, _read_manifests    C5 the end of _look
+                C4 _list_registers, _read_manifests    C4A _adopted, _lives: s/, then m/
+                C5 the end of _look
                 C6 _delete_objects                     C7 _delete_manifests, _delete_marks
 
 Every call of the store is a step of its own, and a listing is one step for each key: it is no instant.
@@ -15,6 +17,10 @@ nobody here: any collector may end any undo window, and take any session for idl
 
 Manifest and session 0 is a backup that is there in the beginning, 1 and 2 are the writers'. Each wrote one
 pack of its own and refers to those of its pin. Bit i of a mask is that of session i.
+
+Where adoption is searched a writer may take any earlier session for dead that has an intent, at any time, and
+with it those that this one wanted: whether that is so is decided by a register alone, which then holds
+ADOPTED plus who did it. It refers to the packs that it sees of those that are its own in the end.
 
 Lost is what the search looks for: a manifest without a tombstone that refers to a pack that is gone.
 """
@@ -28,9 +34,9 @@ from typing import NamedTuple
 
 __all__ = ["Config", "Mutant", "Searched", "search"]
 
-NONE, MANIFEST, REVOKED = 0, 1, 2
-"""What a register holds."""
-NO_PIN = 3
+NONE, MANIFEST, REVOKED, ADOPTED = 0, 1, 2, 3
+"""What a register holds; adopted by session i: ADOPTED + i."""
+NO_PIN = -1
 
 
 class Mutant(Enum):
@@ -45,14 +51,38 @@ class Mutant(Enum):
     NO_REGISTER_LOOK = "a session whose pin is missing is not looked at again"
     PINNED_GO = "manifests go although a live session pins them"
     TOMBSTONES_GO = "tombstones go together with their manifests"
+    ADOPTS_WITHOUT_REGISTER = "a session is taken over without creating its register"
+    ADOPTED_IS_ENDED = "what an adopted session stored is spared for nobody"
+    NO_LOOK_FOR_ADOPTER = "an adopter that was not listed is taken for ended"
+    NO_REGISTER_LOOK_FOR_ADOPTER = "an adopter whose intent is gone is taken for ended"
+
+
+ADOPTION = frozenset(
+    {
+        Mutant.ADOPTS_WITHOUT_REGISTER,
+        Mutant.ADOPTED_IS_ENDED,
+        Mutant.NO_LOOK_FOR_ADOPTER,
+        Mutant.NO_REGISTER_LOOK_FOR_ADOPTER,
+    }
+)
+"""These are about adoption."""
 
 
 class Writer(NamedTuple):
-    """A writer. `at`: the next step; `pin`: in its intent; `ok`: it may refer to what its pin refers to."""
+    """A writer.
+
+    `at`: the next step; `pin`: in its intent; `ok`: it may refer to what its pin refers to; `adopts`: in its
+    intent; `left`: of these, not asked for yet; `owners`: whose each one was found to be; `got`: packs of
+    theirs that it refers to.
+    """
 
     at: str = "W0"
     pin: int = NO_PIN
     ok: bool = True
+    adopts: int = 0
+    left: int = 0
+    owners: tuple[int, ...] = ()
+    got: int = 0
 
 
 class Collector(NamedTuple):
@@ -63,8 +93,10 @@ class Collector(NamedTuple):
     doomed: int = 0
     packs: int = 0
     sessions: int = 0
-    registers: tuple[int, int, int] = (NONE, NONE, NONE)
+    registers: tuple[int, ...] = ()
     left: int = 0  # rounds
+    adopted: int = 0
+    begun: bool = False
 
 
 class State(NamedTuple):
@@ -72,7 +104,7 @@ class State(NamedTuple):
 
     packs: int
     intents: int
-    registers: tuple[int, int, int]
+    registers: tuple[int, ...]
     tombstones: int
     writers: tuple[Writer, ...]
     collectors: tuple[Collector, ...]
@@ -83,18 +115,24 @@ class Config:
     """What is searched.
 
     Attributes:
-        writers: 1 or 2; the second one may build on the first one's backup.
+        writers: 1 to 3; each may build on the earlier ones' backups.
         collectors: any number.
         rounds: of each collector.
         tombstones: most that are made in all.
         order: in which a listing of manifests comes to them.
+        adoption: writers may take over earlier sessions.
+        pins: writers may build on earlier backups.
+        idle: collectors may take any session for idle.
     """
 
     writers: int
     collectors: int
     rounds: int = 1
     tombstones: int = 3
-    order: tuple[int, int, int] = (1, 2, 0)
+    order: tuple[int, ...] = (1, 2, 0)
+    adoption: bool = False
+    pins: bool = True
+    idle: bool = True
     mutant: Mutant | None = None
 
 
@@ -121,19 +159,26 @@ class _Model:
         self._mutant = config.mutant
         self._order = config.order
         self._tombstones = config.tombstones
+        self._adoption = config.adoption
+        self._pins = config.pins
+        self._idle = config.idle
         self._steps = ["C1", "C1T", "C2", "C3", "C3R", "C4", "C4L", "C5", "C6", "C7", "C7S"]
         if self._mutant is Mutant.MANIFESTS_BEFORE_SESSIONS:
             self._steps = ["C1", "C1T", "C2", "C4", "C3", "C3R", "C4L", "C5", "C6", "C7", "C7S"]
         elif self._mutant is Mutant.PACKS_AFTER_SESSIONS:
             self._steps = ["C1", "C1T", "C3", "C3R", "C2", "C4", "C4L", "C5", "C6", "C7", "C7S"]
+        if self._adoption:
+            self._steps.insert(self._steps.index("C4L") + 1, "C4A")
         self._after = dict(zip(self._steps, [*self._steps[1:], "end"], strict=True))
+        self._numbers = range(1, max(2, config.writers) + 1)
+        nothing = tuple(NONE for _ in self._numbers)
         self.start = State(
             packs=1,
             intents=0,
-            registers=(MANIFEST, NONE, NONE),
+            registers=(MANIFEST, *nothing),
             tombstones=0,
             writers=(Writer(),) * config.writers,
-            collectors=(Collector(left=config.rounds),) * config.collectors,
+            collectors=(_fresh(config.rounds, len(nothing) + 1),) * config.collectors,
         )
 
     def lost(self, state: State) -> bool:
@@ -149,6 +194,7 @@ class _Model:
         mask = 1 << i
         if i:
             writer = state.writers[i - 1]
+            mask |= writer.got
             if writer.ok and writer.pin != NO_PIN:
                 mask |= self.needs(state, writer.pin)
         return mask
@@ -173,24 +219,33 @@ class _Model:
     ) -> Iterator[tuple[str, State, Writer]]:
         match writer.at:
             case "W0":
-                yield "W0 builds on nothing", state, Writer("W1")
-                for pin in range(i):
-                    if state.registers[pin] == MANIFEST and not state.tombstones >> pin & 1:
-                        yield f"W0 builds on {pin}", state, Writer("W1", pin)
+                for adopts in self._adoptable(state, i):
+                    over = f", takes {adopts:b} over" if adopts else ""
+                    yield f"W0 builds on nothing{over}", state, Writer("W1", adopts=adopts)
+                    for pin in range(i) if self._pins else ():
+                        if state.registers[pin] == MANIFEST and not state.tombstones >> pin & 1:
+                            yield (
+                                f"W0 builds on {pin}{over}",
+                                state,
+                                Writer("W1", pin, adopts=adopts),
+                            )
             case "W1":
                 made = state._replace(intents=state.intents | 1 << i)
-                after = "W3" if writer.pin == NO_PIN else "W2M"
-                yield "W1 intent", made, writer._replace(at=after)
+                begun = writer._replace(at="W2M", left=writer.adopts)
+                yield "W1 intent", made, begun if writer.pin != NO_PIN else _looked(begun)
             case "W2M":
                 there = state.registers[writer.pin] == MANIFEST
-                after = "W3" if self._mutant is Mutant.NO_RECHECK else "W2T"
-                if there:
-                    yield "W2 the pin's manifest is there", state, writer._replace(at=after)
+                if not there:
+                    yield "W2 the pin is gone", state, _looked(writer._replace(ok=False))
+                elif self._mutant is Mutant.NO_RECHECK:
+                    yield "W2 the pin's manifest is there", state, _looked(writer)
                 else:
-                    yield "W2 the pin is gone", state, writer._replace(at="W3", ok=False)
+                    yield "W2 the pin's manifest is there", state, writer._replace(at="W2T")
             case "W2T":
                 doomed = bool(state.tombstones >> writer.pin & 1)
-                yield f"W2 tombstone: {doomed}", state, writer._replace(at="W3", ok=not doomed)
+                yield f"W2 tombstone: {doomed}", state, _looked(writer._replace(ok=not doomed))
+            case "WA" | "WAT" | "WL":
+                yield from self._adopt(state, i, writer)
             case "W3":
                 yield (
                     "W3 pack",
@@ -204,6 +259,42 @@ class _Model:
                     yield "W5 revoked", state, writer._replace(at="end", ok=False)
             case _:
                 pass
+
+    def _adoptable(self, state: State, i: int) -> Iterator[int]:
+        yield 0
+        for j in range(1, i) if self._adoption else ():
+            if state.intents >> j & 1 and state.registers[j] == NONE:
+                yield 1 << j | state.writers[j - 1].adopts
+
+    def _adopt(self, state: State, i: int, writer: Writer) -> Iterator[tuple[str, State, Writer]]:
+        """WA: create the next one's register, WAT: look for its tombstone. WL: list all packs of its own."""
+        bit = writer.left & -writer.left
+        j = bit.bit_length() - 1
+        match writer.at:
+            case "WA":
+                kind = state.registers[j]
+                if self._mutant is Mutant.ADOPTS_WITHOUT_REGISTER:
+                    yield f"WA takes {j}", state, _claimed(writer, j, i)
+                elif kind != NONE:
+                    owner = kind - ADOPTED if kind > ADOPTED else 0
+                    yield f"WA {j} is {owner}'s", state, _claimed(writer, j, owner)
+                else:
+                    new = writer._replace(at="WAT")
+                    yield f"WA adopts {j}", _register(state, j, ADOPTED + i), new
+            case "WAT":
+                owner = 0 if state.tombstones & bit else i
+                yield f"WA {j} is {owner}'s", state, _claimed(writer, j, owner)
+            case _:
+                mine = 0
+                owners = dict(zip(writer.owners[::2], writer.owners[1::2], strict=True))
+                for one in owners:
+                    owner = one
+                    while owner and owner != i:
+                        owner = owners.get(owner, 0)
+                    mine |= 1 << one if owner == i else 0
+                # What it wanted does not matter any more, but for who takes it over in turn.
+                new = writer._replace(at="W3", owners=(), got=state.packs & mine)
+                yield "WL lists their packs", state, new
 
     # -- a collector -----------------------------------------------------------------------------
 
@@ -236,10 +327,13 @@ class _Model:
             case "C4":
                 i = self._order[one.key]
                 seen_all = _set(one.registers, i, state.registers[i])
-                new = following if one.key == 2 else one._replace(key=one.key + 1)
+                last = one.key == len(self._order) - 1
+                new = following if last else one._replace(key=one.key + 1)
                 yield f"C4 lists register {i}", state, new._replace(registers=seen_all)
             case "C4L":
                 yield from self._look_again(state, one, following)
+            case "C4A":
+                yield from self._follow(state, one, following)
             case "C5":
                 fresh = state.tombstones & ~one.doomed
                 if self._mutant is Mutant.NO_T_SET:
@@ -254,7 +348,7 @@ class _Model:
             case "C7":
                 yield from self._delete_manifests(state, one, following)
             case "C7S":
-                ended = sum(1 << i for i in (1, 2) if one.registers[i] != NONE)
+                ended = sum(1 << i for i in self._numbers if one.registers[i] != NONE)
                 after = state._replace(intents=state.intents & ~ended)
                 yield "C7 deletes intents", after, _again(one)
             case _:
@@ -266,7 +360,7 @@ class _Model:
         for i in range(one.key + 1, len(state.writers) + 1):
             new = following if i == len(state.writers) else one._replace(key=i)
             yield f"C3 session {i} is not idle", state, new
-            if one.sessions >> i & 1 and state.registers[i] == NONE:
+            if self._idle and one.sessions >> i & 1 and state.registers[i] == NONE:
                 if self._mutant is Mutant.NO_REGISTER:
                     dead = new._replace(sessions=new.sessions & ~(1 << i))
                     yield f"C3 takes {i} for dead", state, dead
@@ -274,9 +368,38 @@ class _Model:
                     yield f"C3 revokes {i}", _register(state, i, REVOKED), new
             return
 
-    @staticmethod
-    def _live(one: Collector) -> list[int]:
-        return [i for i in (1, 2) if one.sessions >> i & 1 and one.registers[i] == NONE]
+    def _live(self, one: Collector) -> list[int]:
+        return [i for i in self._numbers if one.sessions >> i & 1 and one.registers[i] == NONE]
+
+    def _follow(  # noqa: C901 - a case is a step
+        self, state: State, one: Collector, following: Collector
+    ) -> Iterator[tuple[str, State, Collector]]:
+        """Whose packs an adopted session's are: a step looks at no more than one object."""
+        for j in self._numbers[one.key :]:
+            owner = j
+            while one.registers[owner] > ADOPTED:
+                owner = one.registers[owner] - ADOPTED
+            if owner == j or not one.packs >> j & 1 or one.registers[owner] != NONE:
+                continue
+            if self._mutant is Mutant.ADOPTED_IS_ENDED:
+                continue
+            spared = one._replace(key=j, adopted=one.adopted | 1 << j, begun=False)
+            if one.sessions >> owner & 1:
+                yield f"C4 {j} is {owner}'s, which is live", state, spared
+            elif self._mutant is Mutant.NO_LOOK_FOR_ADOPTER:
+                continue
+            elif not one.begun and state.intents >> owner & 1:
+                yield f"C4 {owner} has an intent", state, one._replace(key=j - 1, begun=True)
+            elif not one.begun and self._mutant is Mutant.NO_REGISTER_LOOK_FOR_ADOPTER:
+                yield f"C4 {owner} has no intent", state, one._replace(key=j)
+            elif state.registers[owner] != NONE:
+                yield f"C4 {owner} has ended meanwhile: begins again", state, _again(one)
+            elif one.begun:
+                yield f"C4 {j} is {owner}'s, which lives", state, spared
+            else:
+                yield f"C4 {owner} is no more", state, one._replace(key=j)
+            return
+        yield "C4 all are followed", state, following._replace(begun=False)
 
     def _look_again(
         self, state: State, one: Collector, following: Collector
@@ -298,7 +421,7 @@ class _Model:
     def _decide(self, state: State, one: Collector) -> Collector:
         """What to delete: from here on `packs` and `doomed` are that."""
         live = self._live(one)
-        spared = sum(1 << i for i in live)
+        spared = sum(1 << i for i in live) | one.adopted
         pinned = 0
         for i in live:
             pin = state.writers[i - 1].pin
@@ -308,7 +431,12 @@ class _Model:
         for i, kind in enumerate(one.registers):
             if kind == MANIFEST and not one.doomed >> i & 1:
                 spared |= self.needs(state, i)
-        there = sum(1 << i for i, kind in enumerate(one.registers) if kind == MANIFEST)
+        # A mark goes too, where there is a tombstone beside it.
+        there = sum(
+            1 << i
+            for i, kind in enumerate(one.registers)
+            if kind == MANIFEST or (self._adoption and kind != NONE)
+        )
         doomed = one.doomed & there
         if self._mutant is not Mutant.PINNED_GO:
             doomed &= ~pinned
@@ -335,22 +463,36 @@ class _Model:
         bit = one.doomed & -one.doomed
         i = bit.bit_length() - 1
         after = state
-        if state.registers[i] == MANIFEST:
+        if state.registers[i] == MANIFEST or (self._adoption and state.registers[i] != NONE):
             after = _register(state, i, NONE)
             if self._mutant is Mutant.TOMBSTONES_GO:
                 after = after._replace(tombstones=after.tombstones & ~bit)
         yield f"C7 deletes manifest {i}", after, one._replace(doomed=one.doomed & ~bit)
 
 
+def _looked(writer: Writer) -> Writer:
+    """A writer that has looked for its pin."""
+    return writer._replace(at="WA" if writer.left else "W3")
+
+
+def _claimed(writer: Writer, j: int, owner: int) -> Writer:
+    """A writer that knows whose session j is."""
+    left = writer.left & ~(1 << j)
+    owners = (*writer.owners, j, owner)
+    return writer._replace(at="WA" if left else "WL", left=left, owners=owners)
+
+
+def _fresh(rounds: int, registers: int) -> Collector:
+    return Collector(left=rounds, registers=(NONE,) * registers)
+
+
 def _again(one: Collector) -> Collector:
     """The next round; what an ended collector has seen does not matter any more."""
-    return Collector(left=one.left - 1) if one.left > 1 else Collector("end")
+    return _fresh(one.left - 1, len(one.registers)) if one.left > 1 else Collector("end")
 
 
-def _set(values: tuple[int, int, int], i: int, value: int) -> tuple[int, int, int]:
-    changed = [*values]
-    changed[i] = value
-    return changed[0], changed[1], changed[2]
+def _set(values: tuple[int, ...], i: int, value: int) -> tuple[int, ...]:
+    return (*values[:i], value, *values[i + 1 :])
 
 
 def _register(state: State, i: int, kind: int) -> State:

@@ -7,7 +7,10 @@ from typing import Final
 
 import pytest
 
-from nbdpull.repo.collect import IDLE_S, Collector, _Session
+from nbdpull.repo import adopt
+from nbdpull.repo.adopt import Adoption
+from nbdpull.repo.alive import IDLE_S
+from nbdpull.repo.collect import Collector, _Session
 from nbdpull.repo.reuseplan import ReusePlan
 
 __all__ = ["MUTANTS"]
@@ -46,9 +49,29 @@ def _sessions_last(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Collector, "_list_sessions", lambda self, _objects: kept.pop(self))
 
 
+def _adopts_without_register(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Adoption, "_claim", lambda self, _sid: self._own)
+
+
+def _no_look_at_what_is_adopted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(adopt, "there", lambda _store, _key: False)
+
+
+def _adopted_is_ended(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Collector, "_adopted", lambda *_: frozenset())
+
+
+def _no_look_for_adopter(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Collector, "_lives", lambda *_: False)
+
+
 MUTANTS: Final[Mapping[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "no register": _no_register,
     "no recheck": _no_recheck,
     "no second look": _no_second_look,
     "sessions before packs": _sessions_last,
+    "adopts without a register": _adopts_without_register,
+    "no look at what is adopted": _no_look_at_what_is_adopted,
+    "adopted is ended": _adopted_is_ended,
+    "no look for an adopter": _no_look_for_adopter,
 }

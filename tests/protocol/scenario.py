@@ -22,8 +22,10 @@ class Outcome:
     restored: int
 
 
-def play(seed: int, *, kills: float = 0.0) -> Outcome:
+def play(seed: int, *, kills: float = 0.0) -> Outcome:  # noqa: C901 - a case is a choice
     """Writers and collectors that end every undo window, a forget, and now and then an undo or a repack.
+
+    Some writers died before, or die and run again: their sessions are taken over.
 
     By the store's clock some of the sessions look as if they idled for two days.
 
@@ -36,6 +38,8 @@ def play(seed: int, *, kills: float = 0.0) -> Outcome:
     if rng.random() < 0.3:
         world.back_up(store, random.Random(rng.random()))
     world.collect(store)
+    for _ in range(rng.randrange(3)):
+        world.die(store, random.Random(rng.random()))
     idle = random.Random(rng.random())
     old: dict[str, bool] = {}
 
@@ -52,9 +56,18 @@ def play(seed: int, *, kills: float = 0.0) -> Outcome:
         world.forget(store, first)
         world.collect(store)
 
+    def again(seed: float) -> Work:
+        def work(store: Store) -> None:
+            world.die(store, random.Random(seed))
+            world.back_up(store, random.Random(seed))
+
+        return work
+
     works: list[Work] = [writer(rng.random()), forget_and_collect, world.collect]
     if rng.random() < 0.5:
         works.append(writer(rng.random()))
+    if rng.random() < 0.5:
+        works.append(again(rng.random()))
     if rng.random() < 0.3:
         works.append(world.collect)
     if rng.random() < 0.2:

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from nbdpull.errors import Error
 from nbdpull.model.results import Level
-from nbdpull.repo import collect as collect_module
+from nbdpull.repo import alive
 from nbdpull.repo.location import open_store
 from nbdpull.repo.store import Store
 from tests.protocol.stores import Killed
@@ -199,7 +199,7 @@ class _Process:
         real, real_ns = time.time, time.time_ns
         time.time = lambda: real() + off_s
         time.time_ns = lambda: real_ns() + int(off_s * 1e9)
-        collect_module.IDLE_S = pace.idle_s  # type: ignore[misc]
+        alive.IDLE_S = pace.idle_s  # type: ignore[misc]
 
     def work(self, role: str) -> None:
         """Go on until killed."""

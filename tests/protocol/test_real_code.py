@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 
 from nbdpull.errors import Error, RepositoryError, StoreError
+from nbdpull.model.ids import SessionId
 from nbdpull.model.manifest import Manifest
-from nbdpull.repo.repository import Repository
+from nbdpull.repo.repository import Repository, Session
 from nbdpull.repo.store import Listed
 from tests.protocol.mutants import MUTANTS
 from tests.protocol.scenario import play
@@ -63,7 +64,22 @@ class Scene:
         repository = self.world.repository(self.store)
         return repository.manifest(repository.find(self.first).disks[0])
 
+    def dead(self) -> SessionId:
+        """A session of which durable packs are left."""
+        session, _ = self._session(self.world.repository(self.store), None)
+        session.abandon()
+        return session.id
+
     def begin(self, repository: Repository, parent: Manifest | None) -> Callable[[], None]:
+        session, content = self._session(repository, parent)
+
+        def commit() -> None:
+            session.commit(summary_for(session, size=len(content), disk="vd0", backup="f" * 16))
+            self.world.committed["f" * 16] = content
+
+        return commit
+
+    def _session(self, repository: Repository, parent: Manifest | None) -> tuple[Session, bytes]:
         session = repository.begin(vm="vm", disk="vd0", parent=parent)
         content = bytearray(self.world.committed[self.first] if parent else bytes(6 << 16))
         content[:4] = b"new!"
@@ -71,12 +87,7 @@ class Scene:
         reader = repository.reader(parent) if parent else None
         store_changes(session, reader, len(content), {0: raw})
         session.seal()
-
-        def commit() -> None:
-            session.commit(summary_for(session, size=len(content), disk="vd0", backup="f" * 16))
-            self.world.committed["f" * 16] = bytes(content)
-
-        return commit
+        return session, bytes(content)
 
     def check(self) -> None:
         self.store.age_s = lambda _key: 0.0
@@ -161,6 +172,59 @@ def commit_behind_the_listing(scene: Scene) -> None:
     scene.collect(("list", "m"), act)
 
 
+def adopt_what_is_being_revoked(scene: Scene) -> None:
+    """A collector is about to revoke a dead session, when another one wants what it stored."""
+    scene.dead()
+    commits: list[Callable[[], None]] = []
+    ages = scene.store.age_s
+    scene.store.age_s = lambda key: 2 * DAY if key[0] in "sdx" else 0.0
+    now = scene.store.stat
+
+    def stat(key: str) -> object:
+        scene.store.age_s, aged = ages, scene.store.age_s
+        try:
+            return now(key)
+        finally:
+            scene.store.age_s = aged
+
+    scene.store.stat = stat  # type: ignore[assignment,method-assign]
+    scene.collect(("create", "m/"), lambda: commits.append(scene.session(parent=False)))
+    commits[0]()
+
+
+def adopt_what_was_committed(scene: Scene) -> None:
+    """A collector died after it deleted a manifest; another deletes the packs, when somebody wants them."""
+    session, _ = scene._session(scene.world.repository(scene.store), None)
+    session.commit(summary_for(session, size=6 << 16, disk="vd0", backup="e" * 16))
+    scene.store.create(f"t/{session.disk_id}/{session.id}", b"")
+    scene.store.delete(f"m/{session.disk_id}/{session.id}")
+    scene.store.age_s = lambda key: 2 * DAY if key[0] in "sdx" and session.id in key else 0.0
+    commits: list[Callable[[], None]] = []
+
+    def begin() -> None:
+        scene.store.delete(f"m/{session.disk_id}/{session.id}")  # what this collector revoked
+        commits.append(scene.session(parent=False))
+
+    scene.collect(("delete", "d/"), begin)
+    commits[0]()
+
+
+def collect_beside_an_adopter(scene: Scene) -> None:
+    """A collector comes while a session lives that has taken over another one."""
+    scene.dead()
+    commit = scene.session(parent=False)
+    scene.world.collect(scene.store)
+    commit()
+
+
+def adopt_behind_the_listing(scene: Scene) -> None:
+    """A session begins and takes over another one between a collector's listings."""
+    scene.dead()
+    commits: list[Callable[[], None]] = []
+    scene.collect(("list", "m"), lambda: commits.append(scene.session(parent=False)))
+    commits[0]()
+
+
 def _pins(scene: Scene, backup: str) -> tuple[str, ...]:
     return scene.world.repository(scene.store).find(backup).pins
 
@@ -170,6 +234,10 @@ SCENES = {
     "no recheck": begin_on_what_is_being_deleted,
     "sessions before packs": begin_before_the_packs_are_listed,
     "no second look": commit_behind_the_listing,
+    "adopts without a register": adopt_what_is_being_revoked,
+    "no look at what is adopted": adopt_what_was_committed,
+    "adopted is ended": collect_beside_an_adopter,
+    "no look for an adopter": adopt_behind_the_listing,
 }
 
 

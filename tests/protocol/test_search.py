@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.protocol.model import Config, Mutant, search
+from tests.protocol.model import ADOPTION, Config, Mutant, search
 
 
 @pytest.mark.parametrize(("writers", "collectors"), [(1, 2), (2, 1)])
@@ -25,7 +25,33 @@ def test_a_collector_that_runs_again_loses_nothing() -> None:
     assert search(Config(writers=1, collectors=1, rounds=3)).trace == ()
 
 
-@pytest.mark.parametrize("mutant", list(Mutant))
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0)])
+def test_nothing_is_lost_where_sessions_are_taken_over(order: tuple[int, ...]) -> None:
+    """`scripts/torture search --adoption` does three writers: one takes over what another one took."""
+    found = search(Config(writers=2, collectors=1, order=order, adoption=True, pins=False))
+    assert found.trace == ()
+    assert found.states > 15_000
+    assert found.deletions > 200
+
+
+@pytest.mark.parametrize("mutant", [one for one in Mutant if one in ADOPTION])
+def test_without_this_rule_something_that_was_taken_over_is_lost(mutant: Mutant) -> None:
+    two = mutant is Mutant.NO_REGISTER_LOOK_FOR_ADOPTER
+    config = Config(
+        writers=2,
+        collectors=2 if two else 1,
+        order=(2, 1, 0),
+        adoption=True,
+        pins=False,
+        idle=not two,
+        tombstones=0 if two else 3,
+        mutant=mutant,
+    )
+    found = search(config)
+    assert any(step.startswith("collector: C6 deletes pack") for step in found.trace)
+
+
+@pytest.mark.parametrize("mutant", [one for one in Mutant if one not in ADOPTION])
 def test_without_this_rule_something_is_lost(mutant: Mutant) -> None:
     found = search(Config(writers=1, collectors=2, mutant=mutant))
     assert found.trace != ()
