@@ -107,8 +107,11 @@ def test_what_came_along_is_read_incrementally_and_the_rest_in_full(
         assert third.disks[1].changed_bytes == 65536
 
 
-@pytest.mark.parametrize("guest_first", [False, True], ids=["mode-b", "mode-c"])
-@pytest.mark.parametrize("bitmaps", [True, False], ids=["with-bitmaps", "without"])
+@pytest.mark.parametrize(
+    ("bitmaps", "guest_first"),
+    [(True, False), (False, True)],
+    ids=["with-bitmaps-mode-b", "without-mode-c"],
+)
 def test_a_migration_during_a_backup_fails_and_harms_neither(
     qemu_tools: QemuTools,
     keeper: Keeper,
