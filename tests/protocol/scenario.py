@@ -75,7 +75,7 @@ def play(seed: int, *, kills: float = 0.0) -> Outcome:  # noqa: C901 - a case is
     if rng.random() < 0.2:
         works.append(world.repack)
     with memory_repositories():
-        schedule = Schedule(store, seed, changes=rng.choice([1.0, 3.0, 10.0]), kills=kills)
+        schedule = Schedule(store, seed, changes=rng.choice([10.0, 20.0, 40.0]), kills=kills)
         schedule.run(works)
         store.age_s = lambda _key: 0.0
         restored = world.check(store)
