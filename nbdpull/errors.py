@@ -14,6 +14,7 @@
     |- SourceError               1   the VM's side: QMP, NBD, its disks
     |  |- MonitorError           1   QMP can't be reached or broke
     |  |- CommandError           1   QEMU refused one command
+    |  |- LibvirtError           1   libvirt can't be reached, or refused one call
     |  |- PointInTimeLostError   1   the frozen view ended while being read
     |  |  |- ScratchFullError   13   because the room for what the guest overwrites ran out
     |  |- NbdError               1   an NBD connection failed
@@ -31,6 +32,7 @@ __all__ = [
     "DamagedError",
     "Error",
     "InUseError",
+    "LibvirtError",
     "MonitorError",
     "MonitorInUseError",
     "NbdError",
@@ -133,6 +135,18 @@ class CommandError(SourceError):
         self.command = command
         self.error_class = error_class
         self.description = description
+
+
+class LibvirtError(SourceError):
+    """Libvirt can't be reached, or refused one call.
+
+    Attributes:
+        code: of libvirt's ``virErrorNumber``.
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PointInTimeLostError(SourceError):

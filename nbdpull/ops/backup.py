@@ -45,7 +45,7 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.disknames import check_names
 from nbdpull.ops.heal import Healer
-from nbdpull.ops.lineage import Chain, backup_level, known_disks, parent_of
+from nbdpull.ops.lineage import Chain, backup_level, known_checkpoints, known_disks, parent_of
 from nbdpull.ops.machinestate import (
     MachinePart,
     collect_files,
@@ -225,7 +225,11 @@ async def backup(
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
     known = await call(known_disks, repository, options.vm)
-    async with open_source(options.source, qemu, known=known) as source, AsyncExitStack() as stack:
+    recall = known_checkpoints(repository, options.vm)
+    async with (
+        open_source(options.source, qemu, known=known, recall=recall) as source,
+        AsyncExitStack() as stack,
+    ):
         vm = options.vm
         if vm is None:
             vm, warning = await source.vm_name()
@@ -258,7 +262,8 @@ async def backup(
                 decision = replace(decision, reason=reason)
             checkpoint = None
             if decision.level is not Level.COPY and disk.records:
-                checkpoint = checkpoint_name(chain.id, backup_id, disk.name)
+                named = None if disk.shares_checkpoint else disk.name
+                checkpoint = checkpoint_name(chain.id, backup_id, named)
             chosen.append(
                 _Chosen(
                     disk=disk, decision=decision, parent=parent, like=like, checkpoint=checkpoint

@@ -14,10 +14,10 @@ from nbdpull.model.results import Level
 from nbdpull.ops.heal import lost_segments
 from nbdpull.ops.threads import run_all, worker_count
 from nbdpull.repo.repository import Backup, DiskReader, Repository
-from nbdpull.source.base import Disk, Known, KnownDisk
+from nbdpull.source.base import Disk, Known, KnownCheckpoint, KnownDisk, Recall
 from nbdpull.source.names import chain_id
 
-__all__ = ["Chain", "backup_level", "known_disks", "parent_of"]
+__all__ = ["Chain", "backup_level", "known_checkpoints", "known_disks", "parent_of"]
 
 _TRIED = 3
 """Earlier backups that are tried when their manifests are damaged."""
@@ -256,6 +256,28 @@ def known_disks(repository: Repository, vm: str | None) -> Known:
             disk = KnownDisk(vm=summary.vm, disk=summary.disk, size=summary.size)
             by_checkpoint.setdefault(summary.checkpoint, []).append(disk)
     return lambda names: [disk for name in names for disk in by_checkpoint.get(name, ())]
+
+
+def known_checkpoints(repository: Repository, vm: str | None) -> Recall:
+    """What the repository's backups, of `vm` where it is given, know of checkpoints that were lost."""
+
+    def recall(name: str) -> list[KnownCheckpoint]:
+        found: dict[str, list[Summary]] = {}
+        for summary in repository.summaries():
+            if summary.checkpoint is not None and summary.vm == (vm or name):
+                found.setdefault(summary.checkpoint, []).append(summary)
+        known = [
+            KnownCheckpoint(
+                name=checkpoint,
+                time=summaries[0].time,
+                disks=tuple(summary.disk for summary in summaries),
+                full=any(summary.disk_level is Level.FULL for summary in summaries),
+            )
+            for checkpoint, summaries in found.items()
+        ]
+        return sorted(known, key=lambda one: one.time, reverse=True)
+
+    return recall
 
 
 def parent_of(decisions: Iterable[Decision], chain: Chain) -> BackupId | None:

@@ -13,16 +13,22 @@ from urllib.parse import unquote, urlsplit
 from nbdpull.errors import UsageError
 
 __all__ = [
+    "DomainAddress",
     "ExportAddress",
     "ImageAddress",
     "MonitorAddress",
     "SourceAddress",
     "SshHost",
+    "check_libvirt_uri",
     "parse_bitmaps",
+    "parse_domain_address",
     "parse_source",
 ]
 
-_FORMS: Final = "qmp:/path/to/socket, qmp+ssh://host/path/to/socket, qmp+tcp://host:port, disk:/path/to/image or nbd://host/export"
+_FORMS: Final = (
+    "qmp:/path/to/socket, qmp+ssh://host/path/to/socket, qmp+tcp://host:port, disk:/path/to/image,"
+    " libvirt:DOMAIN or nbd://host/export"
+)
 _FORMATS: Final = frozenset({"qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"})
 # disk:[NAME=]PATH; a name has no slash, so that a path with '=' in it can always be written.
 _EXPORT: Final = re.compile(r"(?:([^/=:]*)=)?(nbds?(?:\+unix)?://.*)", re.DOTALL)
@@ -103,12 +109,31 @@ class ExportAddress:
     name: str
 
 
-SourceAddress = MonitorAddress | tuple[ImageAddress, ...] | tuple[ExportAddress, ...]
-"""What a whole SOURCE names: one monitor, or the images of one VM, or exports of its disks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainAddress:
+    """A domain of a libvirtd on this machine.
+
+    Attributes:
+        domain: its name or UUID.
+        uri: of the libvirtd, as libvirt takes it; None for libvirt's default.
+    """
+
+    domain: str
+    uri: str | None = None
+
+    def __str__(self) -> str:
+        """The URI it was parsed from."""
+        return f"libvirt:{self.domain}" if self.uri is None else f"libvirt+{self.uri}#{self.domain}"
+
+
+SourceAddress = (
+    MonitorAddress | DomainAddress | tuple[ImageAddress, ...] | tuple[ExportAddress, ...]
+)
+"""What a whole SOURCE names: one monitor, or one domain, or the images of one VM, or exports of its disks."""
 
 
 def parse_source(sources: Sequence[str]) -> SourceAddress:
-    """Understand ``qmp:/path``, ``qmp:///path``, ``qmp+tcp://host:port``, or one ``disk:`` or NBD URI or more.
+    """Understand ``qmp:/path``, ``qmp:///path``, ``qmp+tcp://host:port``, ``libvirt:DOMAIN``, or one ``disk:`` or NBD URI or more.
 
     Raises:
         UsageError: any other form, several monitors, two disks of one name or file.
@@ -130,6 +155,8 @@ def parse_source(sources: Sequence[str]) -> SourceAddress:
             f"{len(sources)} sources are given; a backup is of one VM: one monitor, or its images as"
             " several disk:NAME=/path/to/image, or its exports as several NAME=nbd://host/export"
         )
+    if sources[0].startswith(("libvirt:", "libvirt+")):
+        return parse_domain_address(sources[0])
     return _monitor(sources[0])
 
 
@@ -190,6 +217,42 @@ def parse_bitmaps(given: Sequence[str], exports: Sequence[ExportAddress]) -> dic
                 raise UsageError(f"disk '{name}' has two bitmaps; expected one")
             contexts[name] = found[2]
     return contexts
+
+
+def parse_domain_address(source: str) -> DomainAddress:
+    """Understand ``libvirt:DOMAIN`` and ``libvirt+URI#DOMAIN``.
+
+    Raises:
+        UsageError: any other form, or a libvirtd on another machine.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "libvirt" and rest:
+        return DomainAddress(domain=rest)
+    uri, mark, domain = source.removeprefix("libvirt+").partition("#")
+    if kind == "libvirt" or not mark or not domain or "://" not in uri:
+        raise UsageError(
+            f"source '{source}' is not understood; expected libvirt:DOMAIN or libvirt+URI#DOMAIN, as in"
+            " libvirt+qemu:///system#web"
+        )
+    check_libvirt_uri(uri)
+    return DomainAddress(domain=domain, uri=uri)
+
+
+def check_libvirt_uri(uri: str) -> None:
+    """See to it that a libvirtd is one of this machine.
+
+    Raises:
+        UsageError: it is not: QEMU's NBD socket and the scratch images are made where QEMU runs.
+    """
+    try:
+        host = urlsplit(uri).hostname
+    except ValueError as exc:
+        raise UsageError(f"libvirt's URI '{uri}' is no URI ({exc})") from exc
+    if host and not _is_loopback(host):
+        raise UsageError(
+            f"libvirt's URI '{uri}' is of another machine; run nbdpull there, because scratch images and"
+            " the NBD socket are made where QEMU runs"
+        )
 
 
 def _monitor(source: str) -> MonitorAddress:

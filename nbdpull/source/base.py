@@ -26,10 +26,12 @@ __all__ = [
     "Disk",
     "DiskPlan",
     "Known",
+    "KnownCheckpoint",
     "KnownDisk",
     "LiveRun",
     "OnLost",
     "PointInTime",
+    "Recall",
     "RunInfo",
     "ServedDisk",
     "Skipped",
@@ -63,6 +65,27 @@ Known = Callable[[Collection[str]], Sequence[KnownDisk]]
 """Told the names of bitmaps that were found together, which disks of earlier backups have checkpoints
 of these names."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownCheckpoint:
+    """A checkpoint of an earlier backup.
+
+    Attributes:
+        name: of the bitmaps.
+        time: seconds since 1970.
+        disks: of the VM, those that have the bitmap.
+        full: whether some disk was read in full then.
+    """
+
+    name: str
+    time: float
+    disks: tuple[str, ...]
+    full: bool
+
+
+Recall = Callable[[str], Sequence[KnownCheckpoint]]
+"""Told what the source calls its VM, the checkpoints of the VM's earlier backups, newest first."""
+
 OnLost = Callable[[PointInTimeLostError], None]
 """Called in the event loop when a point in time breaks while it is in use."""
 
@@ -78,6 +101,7 @@ class Disk:
         records: whether a checkpoint can be kept on it.
         told: meta context of a bitmap of somebody else's, who says that it holds what changed since the
             chain's last backup (for a differential: its last full); None where bitmaps tell by themselves.
+        shares_checkpoint: whether a backup's checkpoint has one name on all its disks.
         allocated: bytes that its image takes on the host, where that is known.
     """
 
@@ -86,6 +110,7 @@ class Disk:
     bitmaps: Mapping[str, BitmapState] = field(default_factory=dict)
     records: bool = True
     told: str | None = None
+    shares_checkpoint: bool = False
     allocated: int | None = None
 
 

@@ -24,7 +24,7 @@ from nbdpull.source.base import Disk, Skipped
 from nbdpull.source.names import run_of
 from nbdpull.source.qmp import Monitor
 
-__all__ = ["IOTHREADS_SAFE", "QemuDisk", "check_iothreads", "find_disks"]
+__all__ = ["IOTHREADS_SAFE", "QemuDisk", "check_iothreads", "find_disks", "refuse_iothread"]
 
 # Nodes that show the same bytes at the same offsets as their child of that name. A job's filter
 # (commit, mirror) has its child as 'backing'.
@@ -319,21 +319,30 @@ async def find_disks(monitor: Monitor) -> tuple[list[QemuDisk], list[Skipped]]:
 def check_iothreads(
     disks: Sequence[QemuDisk], version: tuple[int, int, int], *, force: bool
 ) -> None:
-    """Refuse what a disconnecting NBD client would kill.
+    """Refuse what a disconnecting NBD client would kill, see `refuse_iothread`, unless `force` is set.
+
+    Raises:
+        SourceError: a disk runs in an iothread.
+    """
+    if force:
+        return
+    for disk in disks:
+        refuse_iothread(disk.name, disk.iothread, version)
+
+
+def refuse_iothread(disk: str, iothread: str | None, version: tuple[int, int, int]) -> None:
+    """Refuse a disk that a disconnecting NBD client would kill.
 
     Below QEMU 9.0 an export whose node runs in an iothread aborts the whole VM when its client goes
     away (``nbd_blockdev_client_closed: Assertion 'qemu_in_main_thread()'``): seen 6 times of 6 on 7.2.22.
 
     Raises:
-        SourceError: a disk runs in an iothread and `force` is not set.
+        SourceError: it is one.
     """
-    if version >= IOTHREADS_SAFE or force:
+    if iothread is None or version >= IOTHREADS_SAFE:
         return
-    for disk in disks:
-        if disk.iothread is not None:
-            raise SourceError(
-                f"disk '{disk.name}' runs in iothread {disk.iothread} and QEMU"
-                f" {'.'.join(map(str, version))} aborts when an NBD client of such a disk disconnects;"
-                " upgrade to QEMU 9.0 or later, take the iothread away, or exclude the disk"
-                " (--force backs it up at the VM's risk)"
-            )
+    raise SourceError(
+        f"disk '{disk}' runs in iothread {iothread} and QEMU {'.'.join(map(str, version))} aborts when"
+        " an NBD client of such a disk disconnects; upgrade to QEMU 9.0 or later, take the iothread"
+        " away, or exclude the disk (--force backs it up at the VM's risk)"
+    )

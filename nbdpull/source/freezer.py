@@ -1,6 +1,6 @@
 """Holds a guest's file systems frozen, and thaws them whatever becomes of whoever asked for it.
 
-A program of its own (``python -m nbdpull.source.freezer SOCKET SECONDS``), because a backup that is killed or
+A program of its own (``python -m nbdpull.source.freezer AGENT SECONDS``), because a backup that is killed or
 stopped between freeze and thaw would leave a guest that hangs. It talks JSON lines:
 
     it says                                                  it is told on standard input
@@ -12,6 +12,7 @@ stopped between freeze and thaw would leave a guest that hangs. It talks JSON li
     {"thawed": 2, "frozen_s": 0.012, "late": false}
 
 or {"error": "..."} and ends with 1; nothing stays frozen then either, as far as the agent can be reached.
+AGENT is the agent's socket, or ``libvirt...`` as SOURCE is written: libvirt talks to the agent of its domains itself.
 The agent's commands are those of qemu-ga (QEMU, qga/qapi-schema.json).
 """
 
@@ -25,7 +26,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
+
+from nbdpull.errors import Error
+from nbdpull.source.address import parse_domain_address
+from nbdpull.source.libvirtapi import LibvirtDomain
 
 __all__ = ["Agent", "AgentError", "main"]
 
@@ -33,6 +38,9 @@ _SYNC: Final = b"\xff"
 _REPLY_S: Final = 5.0
 _FREEZE_S: Final = 30.0
 _THAW_TRIES: Final = 10
+_FROZEN_ALREADY: Final = (
+    "the guest's file systems are frozen already, by somebody else: thaw them first"
+)
 _LINE_MAX: Final = 1 << 20
 
 
@@ -118,17 +126,92 @@ class Agent:
                 raise AgentError("the guest agent's socket was closed")
             self._rest += data
 
+    def check_thawed(self) -> None:
+        """See that nobody has frozen the guest.
 
-def _mountpoints(agent: Agent) -> list[str]:
-    """What is mounted, for the result only: an agent that can't tell is no reason to fail."""
+        Raises:
+            AgentError: somebody has.
+        """
+        if self.execute("guest-fsfreeze-status") != "thawed":
+            raise AgentError(_FROZEN_ALREADY)
+
+    def mountpoints(self) -> list[str]:
+        """What is mounted, for the result only: an agent that can't tell is no reason to fail."""
+        try:
+            found = self.execute("guest-get-fsinfo")
+            return sorted({str(entry["mountpoint"]) for entry in found})
+        except (AgentError, KeyError, TypeError):
+            return []
+
+    def freeze(self) -> int:
+        """Freeze all file systems, and return how many."""
+        return int(self.execute("guest-fsfreeze-freeze", timeout_s=_FREEZE_S))
+
+    def thaw(self) -> int:
+        """Thaw them, and return how many.
+
+        Raises:
+            AgentError: they may be frozen all the same.
+        """
+        thawed = int(self.execute("guest-fsfreeze-thaw", timeout_s=_FREEZE_S))
+        if self.execute("guest-fsfreeze-status") != "thawed":
+            raise AgentError("the guest stays frozen although its agent was told to thaw it")
+        return thawed
+
+
+class _DomainAgent:
+    """The agent of a domain, through libvirt, which waits for each of its answers 30 s at most."""
+
+    def __init__(self, domain: LibvirtDomain) -> None:
+        self._domain = domain
+
+    def close(self) -> None:
+        self._domain.close()
+
+    def check_thawed(self) -> None:
+        # libvirt has no call for the status; but an agent refuses nearly everything while frozen.
+        try:
+            self._domain.filesystems()
+        except Error as exc:
+            raise AgentError(_FROZEN_ALREADY if "frozen" in str(exc) else str(exc)) from exc
+
+    def mountpoints(self) -> list[str]:
+        try:
+            return self._domain.filesystems()
+        except Error:
+            return []
+
+    def freeze(self) -> int:
+        try:
+            return self._domain.freeze_filesystems()
+        except Error as exc:
+            raise AgentError(str(exc)) from exc
+
+    def thaw(self) -> int:
+        try:
+            return self._domain.thaw_filesystems()
+        except Error as exc:
+            raise AgentError(str(exc)) from exc
+
+
+class _Freezable(Protocol):
+    def close(self) -> None: ...
+    def check_thawed(self) -> None: ...
+    def mountpoints(self) -> list[str]: ...
+    def freeze(self) -> int: ...
+    def thaw(self) -> int: ...
+
+
+def _connect(where: str) -> _Freezable:
+    if not where.startswith(("libvirt:", "libvirt+")):
+        return Agent(where)
     try:
-        found = agent.execute("guest-get-fsinfo")
-        return sorted({str(entry["mountpoint"]) for entry in found})
-    except (AgentError, KeyError, TypeError):
-        return []
+        return _DomainAgent(LibvirtDomain(parse_domain_address(where)))
+    except Error as exc:
+        raise AgentError(str(exc)) from exc
 
 
-def _thaw(path: str, agent: Agent | None) -> int:
+def _thaw(path: str, agent: _Freezable | None) -> int:
     """Thaw, over new connections where the old one fails.
 
     Raises:
@@ -137,10 +220,8 @@ def _thaw(path: str, agent: Agent | None) -> int:
     for attempt in range(_THAW_TRIES):
         try:
             if agent is None:
-                agent = Agent(path)
-            thawed = agent.execute("guest-fsfreeze-thaw", timeout_s=_FREEZE_S)
-            if agent.execute("guest-fsfreeze-status") == "thawed":
-                return int(thawed)
+                agent = _connect(path)
+            return agent.thaw()
         except AgentError:
             if agent is not None:
                 agent.close()
@@ -148,22 +229,19 @@ def _thaw(path: str, agent: Agent | None) -> int:
             if attempt == _THAW_TRIES - 1:
                 raise
             time.sleep(0.5)
-    raise AgentError("the guest stays frozen although its agent was told to thaw it")
+    raise AgentError("the guest stays frozen: its agent could not be reached")
 
 
 def _hold(path: str, limit_s: float, say: Callable[[dict[str, Any]], None]) -> None:
-    agent = Agent(path)
-    if agent.execute("guest-fsfreeze-status") != "thawed":
-        raise AgentError(
-            "the guest's file systems are frozen already, by somebody else: thaw them first"
-        )
-    mountpoints = _mountpoints(agent)
+    agent = _connect(path)
+    agent.check_thawed()
+    mountpoints = agent.mountpoints()
     say({"ready": True})
     if sys.stdin.readline().strip() != "freeze":
         return
     began = time.monotonic()
     try:
-        count = agent.execute("guest-fsfreeze-freeze", timeout_s=_FREEZE_S)
+        count = agent.freeze()
         say({"filesystems": count, "mountpoints": mountpoints})
         told, _, _ = select.select([sys.stdin], [], [], limit_s)
     except BaseException:

@@ -6,6 +6,7 @@
                                                with -nbd the run starts the NBD server
     np-<run>-exp                               bitmap: what this run exports; gone when it ends
     nbdpull-<chain>-<backup>-<disk>            bitmap: a checkpoint; records what changed since a backup
+    nbdpull-<chain>-<backup>                   the same, of libvirt
 
 `run` is the first 8 hex digits of the backup's id, so that a run and its checkpoint find each other.
 `disk` is of the disk's name: when images are swapped between two disks, neither finds its own checkpoint.
@@ -32,7 +33,7 @@ __all__ = [
 
 _RUN: Final = re.compile(r"np-([0-9a-f]{8})-[a-z]+[0-9]*")
 _LIFE: Final = re.compile(r"np-([0-9a-f]{8})-life-([0-9a-f]{12})(-nbd)?")
-# Earlier ones had no disk in their names, and are there as long as their chains go on.
+# Those of libvirt have no disk in their names; nor had earlier ones, which are there as long as their chains.
 _CHECKPOINT: Final = re.compile(r"nbdpull-([0-9a-f]{12})-([0-9a-f]{16})(-[0-9a-f]{12})?")
 
 ChainId = str
@@ -49,8 +50,13 @@ def chain_id(repository: str, vm: str, chain: str) -> ChainId:
     return digest.hexdigest()[:12]
 
 
-def checkpoint_name(chain: ChainId, backup: str, disk: str) -> str:
-    """Name of the bitmap that records from `backup` on what changes on the disk of that name."""
+def checkpoint_name(chain: ChainId, backup: str, disk: str | None) -> str:
+    """Name of the bitmap that records from `backup` on what changes on the disk of that name.
+
+    None: one name for all disks, which libvirt wants.
+    """
+    if disk is None:
+        return f"nbdpull-{chain}-{backup}"
     return f"nbdpull-{chain}-{backup}-{blake3(disk.encode()).hexdigest()[:12]}"
 
 

@@ -11,6 +11,7 @@ from nbdpull.errors import MonitorError, UsageError
 from nbdpull.nbdio.connection import check_uri
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.address import (
+    DomainAddress,
     ExportAddress,
     ImageAddress,
     MonitorAddress,
@@ -18,14 +19,17 @@ from nbdpull.source.address import (
     parse_bitmaps,
     parse_source,
 )
-from nbdpull.source.base import Known, Source
+from nbdpull.source.base import Known, Recall, Source
 from nbdpull.source.elsewhere import Elsewhere, look_at_socket
 from nbdpull.source.exports import ExportSource
 from nbdpull.source.fleecing import QemuOptions
+from nbdpull.source.libvirtapi import LibvirtDomain
+from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
 from nbdpull.source.offline import OfflineSource
 from nbdpull.source.qemu import QemuSource
 from nbdpull.source.qmp import open_monitor
 from nbdpull.source.ssh import open_link
+from nbdpull.source.whole import whole
 
 __all__ = ["check_source", "open_source"]
 
@@ -53,12 +57,14 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
         for option, given in (
             ("--guest-first", qemu.guest_first),
             ("--nbd-address", qemu.nbd_address is not None),
-            ("--quiesce", qemu.quiesce),
+            ("--quiesce", qemu.quiesce and not isinstance(address, DomainAddress)),
             ("--trim-scratch", qemu.trim_scratch),
+            ("--agent", qemu.agent is not None and isinstance(address, DomainAddress)),
         ):
             if given:
                 raise UsageError(
-                    f"{option} is about a running QEMU, and the source is '{sources[0]}'; leave it out"
+                    f"{option} is about a QEMU that is reached by its monitor, and the source is"
+                    f" '{sources[0]}'; leave it out"
                 )
     else:
         _check_monitor(address, qemu)
@@ -67,9 +73,10 @@ def check_source(sources: Sequence[str], qemu: QemuOptions) -> SourceAddress:
         if qemu.tls is not None:
             with_tls(qemu.nbd_address, qemu.tls)
     if qemu.tls is not None:
-        if isinstance(address, tuple) and not exports:
+        if not isinstance(address, MonitorAddress) and not exports:
             raise UsageError(
-                "--tls is about NBD over TCP, and images are read over a private socket"
+                "--tls is about NBD over TCP, and images and domains of libvirt are read over a private"
+                " socket"
             )
         for export in exports:
             with_tls(export.uri, qemu.tls)
@@ -134,7 +141,11 @@ async def _open_qemu(address: MonitorAddress, qemu: QemuOptions) -> AsyncIterato
 
 @asynccontextmanager
 async def open_source(
-    sources: Sequence[str], qemu: QemuOptions, *, known: Known = lambda _names: ()
+    sources: Sequence[str],
+    qemu: QemuOptions,
+    *,
+    known: Known = lambda _names: (),
+    recall: Recall = lambda _vm: (),
 ) -> AsyncIterator[Source]:
     """Connect to whatever `sources` name, as long as the context lasts.
 
@@ -142,6 +153,8 @@ async def open_source(
         sources: URIs.
         qemu: how to freeze a point in time, where that is QEMU's business.
         known: which disks of earlier backups checkpoints belong to.
+        recall: checkpoints that a source may be told of again when it has forgotten them; none, and nothing
+            is changed there.
 
     Raises:
         UsageError: no such kind of source.
@@ -151,6 +164,18 @@ async def open_source(
     if isinstance(address, MonitorAddress):
         async with _open_qemu(address, qemu) as source:
             yield source
+        return
+    if isinstance(address, DomainAddress):
+        domain = await whole(LibvirtDomain, address)
+        try:
+            found = await _of_domain(domain, qemu, known, recall)
+        except BaseException:
+            await whole(domain.close)
+            raise
+        try:
+            yield found
+        finally:
+            await found.close()
         return
     exports = [one for one in address if isinstance(one, ExportAddress)]
     if exports:
@@ -166,3 +191,11 @@ async def open_source(
         yield offline
     finally:
         await offline.close()
+
+
+async def _of_domain(
+    domain: LibvirtDomain, qemu: QemuOptions, known: Known, recall: Recall
+) -> DomainSource | ShutDownDomain:
+    if await whole(domain.active):
+        return DomainSource(domain, qemu, recall)
+    return await whole(ShutDownDomain, domain, qemu, known)

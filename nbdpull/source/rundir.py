@@ -4,7 +4,7 @@ nbdpull-<run>/
     run.json      which monitor, which chain, which process
     lock          held with flock(2) as long as the process lives, also while it is stopped
     paused        there only while this run has paused the guest (mode C's few milliseconds)
-    disk<n>.raw   scratch, sparse
+    disk<n>.raw   scratch, sparse (through libvirt: disk<n>.qcow2)
     held          room that is held back, see `scratch`
     server        there when this run started an NBD server that listens elsewhere
     life          made by QEMU; see `lifeline`
@@ -148,7 +148,7 @@ class RunDir:
 
     def room(self) -> tuple[int, int]:
         """Bytes that are free for scratch images, and that they take now."""
-        used = sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*.raw"))
+        used = sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*"))
         state = os.statvfs(self.path)
         return state.f_bavail * state.f_frsize, used
 
@@ -198,7 +198,7 @@ class RunDir:
         if self._keep:
             return
         self.let_go()
-        for file in self.path.glob("disk*.raw"):
+        for file in self.path.glob("disk*"):
             with suppress(OSError):
                 file.unlink()
 

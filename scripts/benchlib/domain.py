@@ -13,27 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from scripts.benchlib.measure import run
+from tests.support.libvirtd import FOLDERS, QEMU_CONF
 from tests.support.qmp import QmpClient
 
 __all__ = ["Domain", "private_libvirtd"]
 
-_FOLDERS = {
-    "run": "/run/libvirt",
-    "lib": "/var/lib/libvirt",
-    "etc": "/etc/libvirt",
-    "log": "/var/log/libvirt",
-    "cache": "/var/cache/libvirt",
-}
-# Everything that would need more of the machine than a test may take is off.
-_QEMU_CONF = """\
-user = "root"
-group = "root"
-security_driver = "none"
-namespaces = []
-cgroup_controllers = []
-remember_owner = 0
-stdio_handler = "file"
-"""
 _DOMAIN = """\
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
@@ -64,14 +48,14 @@ class private_libvirtd:  # noqa: N801 - used like a function, in `with`
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        for name, place in _FOLDERS.items():
+        for name, place in FOLDERS.items():
             own = self._folder / name
             own.mkdir(parents=True)
             if name == "etc" and Path(place).is_dir():
                 shutil.copytree(place, own, dirs_exist_ok=True, symlinks=True)
             Path(place).mkdir(parents=True, exist_ok=True)
             run(["mount", "--bind", own, place])
-        Path("/etc/libvirt/qemu.conf").write_text(_QEMU_CONF, encoding="ascii")
+        Path("/etc/libvirt/qemu.conf").write_text(QEMU_CONF, encoding="ascii")
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", "--", "libvirtd", "-p", self._folder / "pid"],
             stdout=subprocess.DEVNULL,
@@ -97,7 +81,7 @@ class private_libvirtd:  # noqa: N801 - used like a function, in `with`
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        for place in _FOLDERS.values():
+        for place in FOLDERS.values():
             subprocess.run(["umount", "-l", place], capture_output=True, check=False)
 
 

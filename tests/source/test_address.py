@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from nbdpull.errors import UsageError
-from nbdpull.source.address import ImageAddress, MonitorAddress, SshHost, parse_source
+from nbdpull.source.address import (
+    DomainAddress,
+    ImageAddress,
+    MonitorAddress,
+    SshHost,
+    parse_source,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,13 +33,30 @@ from nbdpull.source.address import ImageAddress, MonitorAddress, SshHost, parse_
         ("qmp+tcp://127.0.0.1:4444/", MonitorAddress(host="127.0.0.1", port=4444)),
         ("qmp+tcp://127.3.2.1:1", MonitorAddress(host="127.3.2.1", port=1)),
         ("qmp+tcp://[::1]:4444", MonitorAddress(host="::1", port=4444)),
+        ("libvirt:web", DomainAddress(domain="web")),
+        ("libvirt:a:b#c %20", DomainAddress(domain="a:b#c %20")),
+        (
+            "libvirt+qemu:///session#web",
+            DomainAddress(domain="web", uri="qemu:///session"),
+        ),
+        (
+            "libvirt+qemu+unix:///system?socket=/run/x#a#b",
+            DomainAddress(domain="a#b", uri="qemu+unix:///system?socket=/run/x"),
+        ),
+        (
+            "libvirt+qemu://localhost/system#web",
+            DomainAddress(domain="web", uri="qemu://localhost/system"),
+        ),
     ],
 )
-def test_understood(source: str, address: MonitorAddress) -> None:
+def test_understood(source: str, address: MonitorAddress | DomainAddress) -> None:
     assert parse_source([source]) == address
 
 
-@pytest.mark.parametrize("source", ["qmp:/run/web.qmp", "qmp+tcp://localhost:4444"])
+@pytest.mark.parametrize(
+    "source",
+    ["qmp:/run/web.qmp", "qmp+tcp://localhost:4444", "libvirt:web", "libvirt+qemu:///system#web"],
+)
 def test_address_is_printed_as_it_was_given(source: str) -> None:
     assert str(parse_source([source])) == source
 
@@ -59,6 +82,12 @@ def test_address_is_printed_as_it_was_given(source: str) -> None:
         ("qmp+tcp://192.0.2.7:4444", "on another machine"),
         ("qmp+tcp://0.0.0.0:4444", "on another machine"),
         ("qmp+tcp://localhost.example.com:4444", "on another machine"),
+        ("libvirt:", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
+        ("libvirt+qemu:///system", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
+        ("libvirt+qemu:///system#", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
+        ("libvirt+web#web", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
+        ("libvirt+qemu+ssh://root@host.example.com/system#web", "of another machine"),
+        ("libvirt+qemu://[::1/system#web", "is no URI"),
     ],
 )
 def test_refused_with_what_to_do(source: str, words: str) -> None:

@@ -22,12 +22,21 @@ from tests.support.process import run
 from tests.support.tools import QEMU_72, QemuTools, cache_folder
 from tests.support.vm import Vm
 
-__all__ = ["Filesystem", "LinuxGuest", "check_filesystem", "create_ext4_disk", "initramfs"]
+__all__ = [
+    "KERNEL_LINE",
+    "Filesystem",
+    "LinuxGuest",
+    "check_filesystem",
+    "create_ext4_disk",
+    "initramfs",
+]
 
 _INIT = Path(__file__).with_name("linux-init")
 _BOOT_S = 90.0
 _SLOW_HOST = "no_timer_check"
 """The kernel panics when its timer seems not to tick, as on a host that is too busy to emulate it in time."""
+KERNEL_LINE = f"console=ttyS0 quiet panic=-1 {_SLOW_HOST}"
+"""Of the guest's kernel."""
 
 
 def initramfs() -> bytes:
@@ -102,7 +111,7 @@ class LinuxGuest(Vm):
         self._console_path = self.folder / "console"
         self._arguments = [
             *("-kernel", str(cache_folder() / "linux-guest-2" / "vmlinuz")),
-            *("-initrd", str(image), "-append", f"console=ttyS0 quiet panic=-1 {_SLOW_HOST}"),
+            *("-initrd", str(image), "-append", KERNEL_LINE),
             *("-chardev", f"socket,id=console,path={self._console_path},server=on,wait=on"),
             *("-serial", "chardev:console", "-no-reboot"),
             *arguments,
