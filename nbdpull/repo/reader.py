@@ -106,7 +106,11 @@ class DiskReader:
         manifest: Manifest,
         vault: Vault | None = None,
         records: DamageRecords | None = None,
+        *,
+        rebuild: bool = True,
     ) -> None:
+        """Read nothing yet; without `rebuild` an index that is lost or damaged is an error."""
+        self._rebuild = rebuild
         self._store = store
         self._vault = vault
         self._records = records
@@ -158,7 +162,7 @@ class DiskReader:
     def _rebuild_table(self, session: int, number: int, damage: DamagedError) -> IndexTable:
         """The table, from the packs; `damage` is raised when they don't give it."""
         digest = self._digests[session].get(number)
-        if digest is None or (session, number) in self._hopeless:
+        if digest is None or not self._rebuild or (session, number) in self._hopeless:
             raise damage
         sid = self.manifest.sessions[session].sid
         try:
@@ -206,6 +210,8 @@ class DiskReader:
 
     def _pack_directory(self, session: int, seq: int, damage: DamagedError) -> Directory:
         """The directory that stands in the pack; `damage`, of the index, is raised when it is no better."""
+        if not self._rebuild:
+            raise damage
         place = self.pack_place(session, seq)
         try:
             directory = Directory.decode(

@@ -545,7 +545,8 @@ class Repository:
         plan = ReusePlan(
             self._store,
             self._read,
-            self.reader,
+            # What a new backup is to rest on must be there, not only be possible to make again.
+            lambda manifest: DiskReader(self._store, manifest, vault, self.damage, rebuild=False),
             needed=[*([pin_of(parent)] if parent is not None else []), *pins],
             like=(like or parent) if shares and role == "backup" else None,
             base=base if shares else None,
