@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,18 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def test_version_is_quick_and_loads_no_verb() -> None:
+def test_version_loads_no_verb() -> None:
+    # What takes long to load; scripts/bench has the time.
     code = (
         "import sys\ntry:\n from nbdpull.cli.main import main; sys.argv = ['nbdpull', '--version']; main()\n"
         "except SystemExit: print(' '.join(sys.modules))"
     )
-    best = 99.0
-    output = ""
-    for _ in range(5):
-        began = time.monotonic()
-        output = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        best = min(best, time.monotonic() - began)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     version, modules = output.splitlines()
     assert version == f"nbdpull {nbdpull.__version__}"
     assert {"numpy", "rich", "qemu", "nbd", "asyncio"}.isdisjoint(modules.split())
-    # 0.06 s on an idle machine; tests run beside QEMU.
-    assert best < 0.5
 
 
 def test_module_is_the_program() -> None:
