@@ -186,14 +186,13 @@ def test_verify_tells_what_is_damaged(repository: Path, how: str) -> None:
     assert [damage["key"] for damage in told["damaged"]] == [str(pack.relative_to(repository))]
 
 
-@pytest.mark.parametrize("folder", ["m", "x"])
-def test_no_flip_in_what_leads_to_the_data_gives_a_wrong_byte(
-    repository: Path, tmp_path: Path, folder: str
-) -> None:
-    """Manifests and indexes: each is flipped in its middle, alone."""
-    for number, path in enumerate(
-        sorted(p for p in (repository / folder).rglob("*") if p.is_file())
-    ):
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_flip_in_a_manifest_gives_a_wrong_byte(repository: Path, tmp_path: Path) -> None:
+    """Each is flipped in its middle, alone."""
+    for number, path in enumerate(files(repository / "m")):
         sound = path.read_bytes()
         flip(path, len(sound) // 2)
         out = tmp_path / f"out{number}"
@@ -203,3 +202,22 @@ def test_no_flip_in_what_leads_to_the_data_gives_a_wrong_byte(
         for restored in out.iterdir() if out.exists() else ():
             assert identical(restored, tmp_path / f"{restored.stem}.truth")[0]
         path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("how", ["flip", "remove"])
+def test_a_backup_whose_indexes_are_damaged_restores_exactly(
+    repository: Path, tmp_path: Path, how: str
+) -> None:
+    """Their packs say the same; verify tells of it."""
+    for path in files(repository / "x"):
+        if how == "flip":
+            flip(path, path.stat().st_size // 2)
+        else:
+            path.unlink()
+    out = tmp_path / "out"
+    assert nbdpull(repository, "restore", "latest", "--to", out).returncode == 0
+    for name in "ab":
+        same, words = identical(out / f"{name}.raw", tmp_path / f"{name}.truth")
+        assert same, words
+    assert nbdpull(repository, "verify").returncode == 1
+    assert nbdpull(repository, "verify").returncode == (1 if how == "flip" else 0)
