@@ -51,6 +51,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
         " --quiesce --agent /a --tls /t"
         " --tag gold --tag old -q"
         " --base latest --digest-cache /tmp/c"
+        " --trim-scratch --machine --definition vm.xml --definition start.sh --tpm-state /tpm"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -78,6 +79,10 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "tags": ("gold", "old"),
                 "base": "latest",
                 "digest_cache": "/tmp/c",
+                "trim_scratch": True,
+                "machine": True,
+                "definitions": ("vm.xml", "start.sh"),
+                "tpm_state": "/tpm",
                 "progress": None,
             },
         )
@@ -241,6 +246,7 @@ def test_restore_prints_where_to(cli: Cli, replace: Replace) -> None:
         "disks": [
             {"name": "vda", "size": 1 << 30, "target": "out/vda.raw", "written_bytes": 5 << 20}
         ],
+        "machine": [],
     }
 
 

@@ -134,7 +134,7 @@ def test_killed_client_leaves_a_guest_that_goes_on(
 
 def set_of(result: nbdpull.BackupResult, vm: Vm, disk: Disk) -> set[str]:
     """The bitmaps on a disk that belong to one backup."""
-    return {name for name in vm.bitmaps(disk.name) if name.endswith(result.backup)}
+    return {name for name in vm.bitmaps(disk.name) if f"-{result.backup}-" in name}
 
 
 def test_the_next_backup_cleans_up_after_a_killed_one(
