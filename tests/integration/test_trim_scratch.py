@@ -253,5 +253,5 @@ def test_only_a_private_socket_can_be_trimmed() -> None:
     for shared in (replace(private, nbd_address=address), replace(private, tls=tls)):
         with pytest.raises(nbdpull.UsageError, match="over a private socket only"):
             check_source(["qmp:/nowhere"], shared)
-    with pytest.raises(nbdpull.UsageError, match="--trim-scratch is about a running QEMU"):
+    with pytest.raises(nbdpull.UsageError, match="--trim-scratch is about a QEMU that is reached"):
         check_source(["disk:vda=/nowhere"], private)
