@@ -10,7 +10,6 @@ from queue import LifoQueue
 from nbdpull.errors import NbdError, TargetError, UsageError
 from nbdpull.nbdio.connection import Connection
 from nbdpull.target.base import Buffer, runs
-from nbdpull.target.flusher import Flusher
 
 __all__ = ["Export"]
 
@@ -45,8 +44,7 @@ class Export:
             size: bytes of the disk to restore.
             cancel: once set, every call raises `Cancelled` soon.
             connections: how many, where the server says that they see each other's writes.
-            blank: the export reads as zeroes all over, so zeroes need not be written, and is thrown away
-                unless it is finished, so it need not be flushed meanwhile.
+            blank: the export reads as zeroes all over, so zeroes need not be written.
 
         Raises:
             UsageError: not an NBD URI, a read-only export, or one that is too small.
@@ -57,7 +55,6 @@ class Export:
         self._blank = blank
         self._all: list[Connection] = []
         self._free: LifoQueue[Connection] = LifoQueue()
-        self._flusher: Flusher | None = None
         with ExitStack() as cleanup:
             cleanup.callback(self.abort)
             first = self._connect(cancel)
@@ -69,9 +66,6 @@ class Export:
                 for _ in range(connections - 1):
                     self._connect(cancel)
             cleanup.pop_all()
-        if len(self._all) > 1 and not blank:
-            # What the server keeps in its cache it would have to write at the end, while we wait.
-            self._flusher = Flusher(self._flush)
         if first.size > size:
             self.note = f"bytes {size} to {first.size} of {uri} are left as they were"
 
@@ -119,8 +113,6 @@ class Export:
                 else:
                     self._write(connection, offset + start, view[start:end])
                     written += end - start
-        if self._flusher is not None:
-            self._flusher.wrote(written)
         return written
 
     def zero(self, offset: int, length: int) -> None:
@@ -156,27 +148,17 @@ class Export:
             block[:short] = data[head:]
             connection.write(block, at)
 
-    def _flush(self) -> None:
-        # With multi-conn one flush covers what was completed on every connection.
-        with self._connection() as connection:
-            connection.flush()
-
     def finish(self) -> None:
         """Flush, then disconnect."""
         try:
-            if self._flusher is not None:
-                self._flusher.stop()
-                if self._flusher.failure is not None:
-                    # A server may tell only once that it lost something.
-                    raise self._flusher.failure
-            self._flush()
+            # With multi-conn one flush covers what was completed on every connection.
+            with self._connection() as connection:
+                connection.flush()
         finally:
             self.abort()
 
     def abort(self) -> None:
         """Disconnect; what was written stays."""
-        if self._flusher is not None:
-            self._flusher.stop()
         for connection in self._all:
             connection.close()
         self._all.clear()

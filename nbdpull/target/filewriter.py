@@ -19,7 +19,7 @@ from contextlib import suppress
 import numpy as np
 
 from nbdpull.target.base import Buffer
-from nbdpull.target.flusher import FileFlusher
+from nbdpull.target.flusher import Flusher
 
 __all__ = ["FileWriter", "pwrite_all"]
 
@@ -51,7 +51,7 @@ class FileWriter:
             OSError: it can't be opened once more.
         """
         self._fd = fd
-        self._flusher = FileFlusher(fd)
+        self._flusher = Flusher(fd)
         self._direct_fd = -1
         with suppress(OSError):
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT

@@ -1,27 +1,26 @@
-"""Keeps the storage busy while the CPU decompresses, so that the last sync has little left to do."""
+"""Keeps the storage busy while the CPU decompresses, so that the last `fsync` has little left to do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
 
-__all__ = ["FileFlusher", "Flusher"]
+__all__ = ["Flusher"]
 
 _STEP = 64 * 1024 * 1024
 
 
 class Flusher:
-    """Makes what was written durable, in the background, each time another 64 MiB were.
+    """Syncs a file in the background, each time another 64 MiB were written.
 
-    Attributes:
-        failure: what the first call that failed raised; the thread has ended then.
+    Its errors are dropped on purpose: `fsync` of the same descriptor reports them again to whoever
+    calls it last (a write-back error is kept for each open file description until it was reported,
+    so the flusher has its own).
     """
 
-    def __init__(self, sync: Callable[[], None]) -> None:
-        """`sync` is called by a thread of the flusher, never twice at a time."""
-        self.failure: BaseException | None = None
-        self._sync = sync
+    def __init__(self, fd: int) -> None:
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._due = threading.Event()
         self._stopping = False
@@ -44,39 +43,15 @@ class Flusher:
             if self._stopping:
                 return
             self._due.clear()
-            try:
-                self._sync()
-            except BaseException as exc:  # noqa: BLE001 - told by who asks for it
-                self.failure = exc
-                return
+            with contextlib.suppress(OSError):
+                os.fdatasync(self._fd)
 
     def stop(self) -> None:
         """End the thread; a second call does nothing."""
+        if self._fd < 0:
+            return
         self._stopping = True
         self._due.set()
         self._thread.join()
-
-
-class FileFlusher(Flusher):
-    """Syncs a file or device.
-
-    Its failure need not be looked at: `fsync` of the same file reports it again to whoever calls it last (a
-    write-back error is kept for each open file description until it was reported, and the flusher has
-    its own).
-    """
-
-    def __init__(self, fd: int) -> None:
-        """Take the file of `fd`, which stays the caller's.
-
-        Raises:
-            OSError: it can't be opened once more.
-        """
-        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        super().__init__(lambda: os.fdatasync(self._fd))
-
-    def stop(self) -> None:
-        """End the thread; a second call does nothing."""
-        super().stop()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        os.close(self._fd)
+        self._fd = -1

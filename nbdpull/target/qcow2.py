@@ -13,7 +13,7 @@ from nbdpull.errors import TargetError
 from nbdpull.nbdio.connection import Cancelled, RefusedError, unix_uri
 from nbdpull.target.base import Buffer
 from nbdpull.target.export import Export
-from nbdpull.target.flusher import FileFlusher
+from nbdpull.target.flusher import Flusher
 from nbdpull.target.partfile import PartFile
 
 __all__ = ["Qcow2File"]
@@ -68,7 +68,7 @@ class Qcow2File:
             cleanup.callback(self._stop)
             self._export = self._connect(socket, rounded, connections)
             cleanup.callback(self._export.abort)
-            self._flusher = FileFlusher(self._part.fd)
+            self._flusher = Flusher(self._part.fd)
             cleanup.callback(self._flusher.stop)
             self._cleanup = cleanup.pop_all()
 

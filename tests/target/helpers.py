@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,14 +37,6 @@ def _listens(path: Path) -> bool:
     """The file is there before anybody listens; /proc/net/unix has 0x10000 (SO_ACCEPTCON) for who does."""
     table = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in table)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Wait until something is true, which it must be within 30 s."""
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def random_bytes(size: int, seed: int = 0) -> bytes:

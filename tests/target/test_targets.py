@@ -27,7 +27,6 @@ from tests.target.helpers import (
     names,
     random_bytes,
     same,
-    wait_until,
 )
 
 SIZES = [1, 4096, 64 * 1024, MIB + 1, 9 * MIB + 4096 + 512 + 3]
@@ -285,25 +284,6 @@ def test_export_that_fails_is_a_target_error(serve: Serve, cancel: threading.Eve
     target = Export(uri, 4 * MIB, cancel=cancel)
     with pytest.raises(TargetError, match="write of 65536 bytes at 0"):
         target.write(0, b"x" * 65536)
-    target.abort()
-
-
-def test_a_flush_that_fails_while_there_is_more_to_write_fails_the_restore_although_the_last_one_works(
-    tmp_path: Path, serve: Serve, cancel: threading.Event
-) -> None:
-    first = tmp_path / "first-flush"
-    uri = serve(
-        *("nbdkit", "-f", "-U", "SOCKET", "eval", "get_size=echo 128M", "pread=cat /dev/zero"),
-        *("can_write=exit 0", "can_flush=exit 0", "can_multi_conn=exit 0", "pwrite=cat >/dev/null"),
-        f"flush=mkdir {first} 2>/dev/null || exit 0; echo EIO >&2; exit 1",
-    )
-    target = Export(uri, 128 * MIB, cancel=cancel)
-    data = random_bytes(16 * MIB)
-    for at in range(0, 64 * MIB, len(data)):
-        target.write(at, data)
-    wait_until(first.exists)
-    with pytest.raises(TargetError, match=r"flush .* failed"):
-        target.finish()
     target.abort()
 
 
