@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -310,7 +310,7 @@ class _Run:
         self.level = backup_level(one.decision for one in chosen)
         self.times = PullTimes(0)
         self.sessions: list[Session] = []
-        self.described: Mapping[str, object] | None = None
+        self.described: tuple[str, bytes] | None = None
         self.definitions: Sequence[File] = ()
         self.machine: MachinePart | None = None
         self.committing = False

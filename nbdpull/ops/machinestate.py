@@ -1,6 +1,6 @@
 """What is needed to start a VM again, besides its disks: kept with a backup as one more, small disk.
 
-    machine/qemu.json             what QMP tells of its devices
+    machine/qemu.json             what QMP tells of its devices; of a domain of libvirt domain.xml
     machine/definition/1-web.xml  what the user gives: a libvirt XML, a script
     machine/tpm/...               the state of its TPM, as swtpm keeps it
 
@@ -10,14 +10,13 @@ archive (`model.archive`), and its summary lists the files.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -142,7 +141,7 @@ def read_tpm(folder: str) -> list[File]:
 
 
 def collect_files(
-    definitions: Sequence[File], tpm: str | None, described: Mapping[str, Any] | None
+    definitions: Sequence[File], tpm: str | None, described: File | None
 ) -> list[File]:
     """All files to keep; blocks.
 
@@ -151,8 +150,7 @@ def collect_files(
     """
     files = [*definitions, *(read_tpm(tpm) if tpm is not None else ())]
     if described is not None:
-        text = json.dumps(described, indent=1, sort_keys=True) + "\n"
-        files.append(("qemu.json", text.encode("utf-8", "replace")))
+        files.append(described)
     if len(files) > FILES_MAX or sum(len(raw) + 1024 for _, raw in files) + 1024 > ARCHIVE_MAX:
         raise SourceError(
             f"the machine's state is more than {FILES_MAX} files or {ARCHIVE_MAX} bytes"

@@ -262,8 +262,8 @@ class Source(Protocol):
             SourceError: a disk can't be backed up without danger.
         """
 
-    async def machine(self) -> Mapping[str, object] | None:
-        """The VM's configuration, as far as it can be asked, as JSON can hold it; None where it can't."""
+    async def machine(self) -> tuple[str, bytes] | None:
+        """A file that says how the VM is configured, by name and content; None where nobody can be asked."""
 
     async def examine(self) -> Sequence[Finding]:
         """What a backup would stumble over here."""

@@ -51,7 +51,7 @@ class ExportSource:
         """See `Source.vm_name`."""
         raise UsageError("an NBD export does not tell which VM it is of; name the VM with --vm")
 
-    async def machine(self) -> Mapping[str, object] | None:
+    async def machine(self) -> tuple[str, bytes] | None:
         """See `Source.machine`."""
         return None
 

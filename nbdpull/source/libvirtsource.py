@@ -205,9 +205,9 @@ class DomainSource:
         for disk in disks:
             refuse_iothread(disk.target, disk.iothread, version)
 
-    async def machine(self) -> Mapping[str, object] | None:
-        """See `Source.machine`: QMP does not tell of it here; `--definition` keeps the domain's XML."""
-        return None
+    async def machine(self) -> tuple[str, bytes] | None:
+        """See `Source.machine`: the domain's XML, which libvirt gives without passwords."""
+        return "domain.xml", (await whole(self._domain.xml)).encode()
 
     # -- doctor ------------------------------------------------------------------------------------
 

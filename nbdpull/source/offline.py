@@ -165,7 +165,7 @@ class OfflineSource:
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
 
-    async def machine(self) -> Mapping[str, object] | None:
+    async def machine(self) -> tuple[str, bytes] | None:
         """See `Source.machine`."""
         return None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import json
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from nbdpull.errors import PointInTimeLostError
@@ -98,9 +99,12 @@ class QemuSource:
         self._disks = {disk.name: disk for disk in chosen}
         return chosen
 
-    async def machine(self) -> Mapping[str, object] | None:
-        """See `Source.machine`."""
-        return None if self._monitor.storage_daemon else await describe(self._monitor)
+    async def machine(self) -> tuple[str, bytes] | None:
+        """See `Source.machine`: what QMP tells, as JSON."""
+        if self._monitor.storage_daemon:
+            return None
+        text = json.dumps(await describe(self._monitor), indent=1, sort_keys=True) + "\n"
+        return "qemu.json", text.encode("utf-8", "replace")
 
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""

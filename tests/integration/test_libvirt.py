@@ -146,6 +146,20 @@ def test_every_level_restores_what_the_disks_held(
             assert nbdpull.verify(keeper.repository, [older.backup]).ok
 
 
+def test_what_starts_the_domain_elsewhere_is_kept(
+    domain: Domain, keeper: Keeper, tmp_path: Path
+) -> None:
+    script = tmp_path / "start.sh"
+    script.write_text("virsh start it\n")
+    result = keeper.backup(domain.uri, machine=True, definitions=[script])
+    keeper.restore(result.backup)
+    kept = keeper.restored / result.backup / "machine"
+    xml = (kept / "domain.xml").read_text()
+    assert xml.startswith("<domain")
+    assert all(str(disk.path) in xml for disk in domain.disks)
+    assert (kept / "definition" / "1-start.sh").read_text() == "virsh start it\n"
+
+
 @contextmanager
 def ended(domain: Domain) -> Iterator[None]:
     try:
