@@ -6,9 +6,14 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.support.stores import SeaweedFs, seaweedfs
 from tests.support.tools import QEMU_VERSIONS, QemuTools
+
+# Tests run beside QEMU: how long an example takes says nothing of the code. A test that hangs ends by pytest-timeout.
+settings.register_profile("nbdpull", deadline=None)
+settings.load_profile("nbdpull")
 
 
 @pytest.fixture(scope="session", params=QEMU_VERSIONS, ids=lambda tools: tools.id)

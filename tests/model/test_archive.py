@@ -6,7 +6,7 @@ import io
 import tarfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdpull.model.archive import is_name, pack_files, unpack_files
@@ -16,7 +16,6 @@ NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,20}(/[a-z][a-z.]{0,5}){0,2}
 FILES = st.dictionaries(NAMES, st.binary(max_size=1500), max_size=4).map(lambda d: list(d.items()))
 
 
-@settings(deadline=None)
 @given(FILES)
 def test_tar_and_we_unpack_the_same(files: list[tuple[str, bytes]]) -> None:
     raw = pack_files(files)
