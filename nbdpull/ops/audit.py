@@ -26,7 +26,7 @@ import numpy as np
 
 from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, segment_count
-from nbdpull.model.segment import Interval
+from nbdpull.model.segment import Interval, Segment
 from nbdpull.repo.repository import DiskReader, Session
 
 __all__ = ["Audit"]
@@ -85,7 +85,7 @@ class Audit:
             kinds = self.kinds_of(index)
             if index == last and (found := self._last_grain(index, kinds)) is not None:
                 return found
-            for interval in reversed(self._map(index)):
+            for interval in reversed(self._map(index) or Segment.empty()):
                 clean = kinds[interval.start : interval.start + interval.n] == Kind.CLEAN
                 seen = self._is_there(index, interval, np.flatnonzero(clean).tolist())
                 if seen is not None:
@@ -112,20 +112,18 @@ class Audit:
             return wrong
         return "" if any(any(then[part]) for part in parts) else None
 
-    def _map(self, index: int) -> Sequence[Interval]:
-        """The parent's intervals of a segment; none where its map is damaged, which healing deals with."""
+    def _map(self, index: int) -> Segment | None:
+        """The parent's map of a segment; None where it is damaged, which healing deals with."""
         try:
-            return tuple(self.parent.segment(index))
+            return self.parent.segment(index)
         except DamagedError:
-            return ()
+            return None
 
     def _last_grain(self, index: int, kinds: Kinds) -> str | None:
         """Whether the disk's very end, clean and zero then, is zero now: some storage grows with old data."""
         last = len(kinds) - 1
-        intervals = self._map(index)
-        covered = bool(intervals) and intervals[-1].start + intervals[-1].n > last
-        mapped = self.parent.manifest.segments[index] is not None
-        if kinds[last] != Kind.CLEAN or covered or (mapped and not intervals):
+        then = self._map(index)
+        if then is None or kinds[last] != Kind.CLEAN or then.covered(last + 1)[last]:
             return None
         offset = index * SEGMENT + last * GRAIN
         if not any(self.read(offset, self.size - offset)):
@@ -144,9 +142,10 @@ class Audit:
         return f"bytes {offset} to {offset + frame.length} changed, and the bitmap calls them clean"
 
     def _zero(self, rng: random.Random, index: int, kinds: Kinds) -> str | None:
-        blank = kinds == Kind.CLEAN
-        blank &= ~self.parent.segment(index).covered(len(blank))
-        grains = np.flatnonzero(blank)
+        then = self._map(index)
+        if then is None:
+            return None
+        grains = np.flatnonzero((kinds == Kind.CLEAN) & ~then.covered(len(kinds)))
         if not len(grains):
             return None
         offset = index * SEGMENT + int(rng.choice(grains)) * GRAIN

@@ -99,7 +99,7 @@ class History:
     manifests: list[Manifest] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
 
-    def back_up(self, *, parent: Manifest | None) -> int:
+    def back_up(self, *, parent: Manifest | None, audit: int = 0) -> int:
         """An incremental since `parent`, or a full; how many damaged frames it healed."""
         # Opened anew, as each run of the program does.
         repository = Repository.open(self.repository.location, write=True)
@@ -117,6 +117,7 @@ class History:
                 parent=reader,
                 session=session,
                 healer=healer,
+                audit=audit,
             )
             asyncio.run(pull([one]))
         session.seal()

@@ -118,18 +118,24 @@ def test_a_lost_pack_is_healed_by_the_full_that_follows(history: History, kind: 
     assert result.healed > 10
 
 
-def test_a_lost_map_of_the_parent_makes_its_segment_be_read_again(history: History) -> None:
+@pytest.mark.parametrize("audit", [0, 8])
+def test_a_lost_map_of_the_parent_makes_its_segment_be_read_again(
+    history: History, audit: int
+) -> None:
     parent = history.manifests[-1]
     ref = parent.segments[0]
     assert ref is not None
     place = Place(parent.sessions[ref.session].sid, ref.seq, ref.offset)
     history.damage(place, ref.clen, random.Random(4))
     assert not history.verify(backups=(parent.summary.backup,)).ok
-    history.back_up(parent=parent)
+    history.back_up(parent=parent, audit=audit)
     assert content(history.repository, history.manifests[-1]) == history.contents[-1]
 
 
-def test_a_lost_map_that_nobody_noticed_does_not_stop_the_next_backup(history: History) -> None:
+@pytest.mark.parametrize("audit", [0, 8])
+def test_a_lost_map_that_nobody_noticed_does_not_stop_the_next_backup(
+    history: History, audit: int
+) -> None:
     parent = history.manifests[-1]
     ref = parent.segments[0]
     assert ref is not None
@@ -137,7 +143,7 @@ def test_a_lost_map_that_nobody_noticed_does_not_stop_the_next_backup(history: H
         Place(parent.sessions[ref.session].sid, ref.seq, ref.offset), ref.clen, random.Random(4)
     )
     history.source.write({GRAIN: noise(random.Random(4), 1)})
-    history.back_up(parent=parent)
+    history.back_up(parent=parent, audit=audit)
     assert content(history.repository, history.manifests[-1]) == history.contents[-1]
 
 
