@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -92,8 +93,10 @@ class SshServer:
 
     def __exit__(self, *_exc: object) -> None:
         if self._process is not None:
-            self.cut()
-            stop(self._process)
+            try:
+                self.cut()
+            finally:
+                stop(self._process)
 
     def sessions(self) -> list[int]:
         """Process ids of the server's sides of all connections: they and their descendants but shells."""
@@ -114,7 +117,9 @@ class SshServer:
     def signal(self, number: int) -> None:
         """Send a signal to the server's side of all connections."""
         for pid in self.sessions():
-            os.kill(pid, number)
+            # One whose client has just gone ends by itself between being found and being sent the signal.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def children(pid: int) -> list[int]:
