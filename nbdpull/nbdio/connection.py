@@ -17,7 +17,6 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, urlsplit
@@ -27,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbdpull.errors import NbdError, UsageError
+from nbdpull.nbdio.errors import Cancelled, DroppedError, RefusedError, ReplyError
+from nbdpull.nbdio.readahead import ReadAhead
 
 __all__ = [
     "MAX_REQUEST",
@@ -66,30 +67,6 @@ _CONNECT_PAUSE_S = 0.05
 unix socket refuses with EAGAIN while more clients wait than its backlog holds."""
 _REPLY_S = 300.0
 """A guest's storage may stall for minutes (a failing disk, a busy SAN); longer than this is an error."""
-
-
-class Cancelled(Exception):
-    """The owner asked this thread to stop."""
-
-
-class _DroppedError(NbdError):
-    """The server ended the connection in the middle of the handshake."""
-
-
-class RefusedError(NbdError):
-    """Nobody listens at that address."""
-
-
-class ReplyError(NbdError):
-    """The server answered one request with an error; the connection can be used on.
-
-    Attributes:
-        errnum: the errno that the server sent.
-    """
-
-    def __init__(self, message: str, *, errnum: int) -> None:
-        super().__init__(message)
-        self.errnum = errnum
 
 
 def unix_uri(path: str, export: str = "") -> str:
@@ -155,6 +132,7 @@ class Connection:
         can_trim: True when the server takes `trim`.
         min_block, preferred_block, max_block: request sizes in bytes that the server asks for.
         requests: sent so far.
+        window: read requests that may be in flight.
         contexts: the meta contexts that were granted.
     """
 
@@ -183,6 +161,7 @@ class Connection:
         else:
             self._in_flight = _IN_FLIGHT_UNIX if is_unix(uri) else _IN_FLIGHT_TCP
         self._request = max(min(MAX_REQUEST, largest), self.min_block)
+        self.window = max(1, self._in_flight // self._request)
 
     @classmethod
     def open(
@@ -215,7 +194,7 @@ class Connection:
                 _await_ready(handle, uri, cancel, timeout_s)
                 opened = cls(handle, uri, cancel)
                 opened.contexts = _granted(handle, uri, contexts, optional)
-            except _DroppedError:
+            except DroppedError:
                 _shut(handle)
                 if attempt == _CONNECT_TRIES - 1:
                     raise
@@ -288,31 +267,25 @@ class Connection:
             Cancelled: the owner's event was set.
         """
         with self._lock:
-            self._read_into(buffer, offset)
+            read = ReadAhead((self,))
+            read.begin(buffer, offset)
+            read.finish()
 
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
-        step, total = self._request, len(buffer)
-        ahead = max(1, self._in_flight // step)
-        pending: list[tuple[int, int, int]] = []
-        position = 0
-        while position < total or pending:
-            while position < total and len(pending) < ahead:
-                at = offset + position
-                length = min(step, MAX_REQUEST - at % MAX_REQUEST, total - position)
-                cookie = self._issue(
-                    "read", self._nbd.aio_pread, buffer[position : position + length], at
-                )
-                pending.append((cookie, at, length))
-                position += length
-            cookie, at, length = pending.pop(0)
-            try:
-                self._wait(cookie, "read", at, length)
-            except ReplyError:
-                # The caller may use the buffer again: what is still to come must not land in it then.
-                for other in pending:
-                    with suppress(ReplyError):
-                        self._wait(other[0], "read", *other[1:])
-                raise
+    def start_read(self, buffer: memoryview, offset: int) -> tuple[int, int, int]:
+        """Send one request, for as much of `buffer` as one may ask for: its cookie, offset and length.
+
+        Of the requests that are not waited for yet at most `window` may be out; whoever uses this owns the
+        connection meanwhile.
+
+        Raises:
+            NbdError: the connection is lost.
+        """
+        length = min(self._request, MAX_REQUEST - offset % MAX_REQUEST, len(buffer))
+        return self._issue("read", self._nbd.aio_pread, buffer[:length], offset), offset, length
+
+    def wait_read(self, cookie: int, offset: int, length: int) -> None:
+        """Wait for the answer to a request of `start_read`; raises as `read_into` does."""
+        self._wait(cookie, "read", offset, length)
 
     def block_status(
         self, context: str, offset: int, length: int, *, one: bool = False
@@ -489,7 +462,7 @@ def _await_ready(
     except nbd.Error as exc:
         # EINVAL: libnbd 1.14 leaves a connect that got EAGAIN in a state that it can't poll in.
         if exc.errnum in {errno.EPIPE, errno.ECONNRESET, errno.EINVAL}:
-            raise _DroppedError(f"can't connect to {uri}: {exc}") from exc
+            raise DroppedError(f"can't connect to {uri}: {exc}") from exc
         raise _unconnected(uri, exc) from exc
     if not handle.aio_is_ready():
-        raise _DroppedError(f"can't connect to {uri}: the server closed the connection")
+        raise DroppedError(f"can't connect to {uri}: the server closed the connection")

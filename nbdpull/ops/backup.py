@@ -388,6 +388,7 @@ class _Run:
                     overwritten=served.overwritten,
                     trims=served.trims,
                     near=served.near,
+                    connections=served.connections,
                     parent=reader,
                     session=session,
                     audit=self.options.audit if served.whole else None,

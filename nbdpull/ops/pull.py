@@ -3,7 +3,8 @@ r"""The pull: from block status to frames in the repository, with every core bus
     planners (one a disk, at most 4)       pullers (two a core), each with a connection of its own
     ------------------------------------   --------------------------------------------------------
     segment by segment: what changed,      read -> cut zero grains off -> hash, compress, append
-    what of that is zero, what to read     the last one of a segment writes its map
+    what of that is zero, what to read     meanwhile the next read has begun
+                                           the last one of a segment writes its map
               \\____ a bounded lane for each one ____/
 
 No queue stands between reading and storing: a puller does the whole way of its bytes, because libnbd,
@@ -18,7 +19,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -39,6 +40,7 @@ from nbdpull.model.grain import (
 from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled, Connection
+from nbdpull.nbdio.readahead import ReadAhead
 from nbdpull.nbdio.status import StatusReader, allocation_reader, dirty_reader
 from nbdpull.ops.audit import Audit
 from nbdpull.ops.extents import Overwritten, mark_changed, plan_changed, zero_where_known
@@ -61,8 +63,8 @@ _BATCH_FRAMES: Final = 64
 _QUEUE: Final = 16
 _LANES: Final = 4
 """Disks that are pulled at a time: more would only need more of the connections that QEMU allows."""
-_CONNECTIONS: Final = 2
-"""That a puller keeps, one a disk: QEMU accepts 100 from version 9.2 on (`nbd-server-start`)."""
+_DISKS: Final = 2
+"""That a puller keeps connected, by `DiskPull.connections`: QEMU accepts 100 from version 9.2 on (`nbd-server-start`)."""
 _PROGRESS_S: Final = 0.25
 _ALLOCATION: Final = ("base:allocation",)
 
@@ -89,6 +91,7 @@ class DiskPull:
             None where nobody writes.
         trims: what is not read any more is given back, see `nbdpull.ops.trimming`.
         near: `overwritten` may be asked for the whole disk, often.
+        connections: that each puller may read through at a time.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean, besides
@@ -110,6 +113,7 @@ class DiskPull:
     overwritten: Overwritten | None = None
     trims: bool = False
     near: bool = False
+    connections: int = 1
     counts: PullCounts = field(default_factory=PullCounts)
 
 
@@ -135,6 +139,84 @@ class _SegmentWork:
 class _Batch:
     work: _SegmentWork
     runs: Sequence[tuple[int, int]]
+
+
+class _Reader:
+    """A puller's way to one export: `connections` of them, or the one that all threads share."""
+
+    def __init__(self, disk: DiskPull, shared: Connection | None, cancel: threading.Event) -> None:
+        self._shared = shared
+        self._asked: tuple[memoryview, int] | None = None
+        self.own: list[Connection] = []
+        if shared is None:
+            try:
+                for _ in range(disk.connections):
+                    self.own.append(Connection.open(disk.uri, cancel=cancel))
+            except BaseException:
+                self.close(ThreadTimes())
+                raise
+            self._ahead = ReadAhead(self.own)
+        self.trimmer = Trimmer(shared or self.own[0])
+
+    def begin(self, buffer: memoryview, offset: int) -> None:
+        """See `ReadAhead.begin`. What all share is not asked before somebody waits for the answer."""
+        if self._shared is None:
+            self._ahead.begin(buffer, offset)
+        else:
+            self._asked = (buffer, offset)
+
+    def finish(self) -> None:
+        """See `ReadAhead.finish`."""
+        if self._shared is None:
+            self._ahead.finish()
+        elif self._asked is not None:
+            self._shared.read_into(*self._asked)
+
+    def close(self, times: ThreadTimes) -> None:
+        """Close what is the puller's own."""
+        for connection in self.own:
+            times.close(connection)
+
+
+class _Readers:
+    """A puller's readers, one a disk: it keeps that of the last disk when it goes to another one."""
+
+    def __init__(self, pull: _Pull, times: ThreadTimes) -> None:
+        self._pull = pull
+        self._times = times
+        self._readers: OrderedDict[str, _Reader] = OrderedDict()
+
+    def of(self, disk: DiskPull) -> _Reader:
+        """The reader of a disk; all but this one and the last one are closed."""
+        reader = self._readers.get(disk.uri)
+        if reader is None:
+            if len(self._readers) >= _DISKS:
+                self._readers.popitem(last=False)[1].close(self._times)
+            reader = _Reader(disk, self._pull.shared.get(disk.uri), self._pull.cancel)
+            self._readers[disk.uri] = reader
+        self._readers.move_to_end(disk.uri)
+        return reader
+
+    def close(self) -> None:
+        """Close all."""
+        for reader in self._readers.values():
+            reader.close(self._times)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A run of grains that is being read, or was.
+
+    Attributes:
+        first: its first grain in the segment.
+        ends_batch: nothing of its batch comes after it.
+    """
+
+    work: _SegmentWork
+    first: int
+    raw: memoryview
+    reader: _Reader
+    ends_batch: bool
 
 
 class _Meter:
@@ -412,58 +494,71 @@ class _Pull:
     def puller(self) -> None:
         """A puller thread."""
         give_way()
-        buffer = memoryview(bytearray(FRAME_MAX))
         times = ThreadTimes()
-        connections: OrderedDict[str, Connection] = OrderedDict()
-        lane: int | None = None
+        readers = _Readers(self, times)
         try:
-            while (taken := self._take(lane, times)) is not None:
-                lane, batch = taken
-                uri = batch.work.disk.uri
-                connection = self.shared.get(uri) or connections.get(uri)
-                if connection is None:
-                    if len(connections) >= _CONNECTIONS:
-                        times.close(connections.popitem(last=False)[1])
-                    connection = Connection.open(uri, cancel=self.cancel)
-                if uri not in self.shared:
-                    connections[uri] = connection
-                    connections.move_to_end(uri)
-                self._pull_batch(batch, connection, buffer, times)
+            for frame in self._frames(readers, times):
+                self._keep(frame)
         finally:
-            for connection in connections.values():
-                times.close(connection)
+            readers.close()
             self.times.add(times)
 
-    def _take(self, lane: int | None, times: ThreadTimes) -> tuple[int, _Batch] | None:
-        began = time.perf_counter()
-        taken = self.batches.take(lane)
-        times.idle_s += time.perf_counter() - began
-        return taken
+    def _frames(self, readers: _Readers, times: ThreadTimes) -> Iterator[_Frame]:
+        """All that is to be read, frame by frame; the next one is begun before one is handed out.
 
-    def _pull_batch(
-        self, batch: _Batch, connection: Connection, buffer: memoryview, times: ThreadTimes
-    ) -> None:
-        work = batch.work
-        disk = work.disk
-        base = work.index * SEGMENT
-        for first, count in batch.runs:
-            offset = base + first * GRAIN
-            length = min(count * GRAIN, disk.size - offset)
-            frame = buffer[:length]
+        A frame's bytes are there until the one after the next is begun.
+        """
+        buffers = (memoryview(bytearray(FRAME_MAX)), memoryview(bytearray(FRAME_MAX)))
+        begun: _Frame | None = None
+        for number, (batch, first, count, last) in enumerate(self._runs(times)):
+            work = batch.work
+            offset = work.index * SEGMENT + first * GRAIN
+            length = min(count * GRAIN, work.disk.size - offset)
+            reader = readers.of(work.disk)
+            frame = _Frame(work, first, buffers[number % 2][:length], reader, last)
             if self.rate is not None:
                 self.rate.take(length, self.cancel)
             began = time.perf_counter()
-            connection.read_into(frame, offset)
+            if begun is not None:
+                begun.reader.finish()
+            reader.begin(frame.raw, offset)
             times.source_s += time.perf_counter() - began
-            self._store(work, first, frame)
-            if disk.trims:
-                Trimmer(connection).trim(offset, offset + length)
-            self.meter.add(disk, length, read=length)
-        with self.lock:
-            work.open_batches -= 1
-            last = work.open_batches == 0
-        if last:
-            self._finish(work)
+            if begun is not None:
+                yield begun
+            begun = frame
+        if begun is not None:
+            began = time.perf_counter()
+            begun.reader.finish()
+            times.source_s += time.perf_counter() - began
+            yield begun
+
+    def _runs(self, times: ThreadTimes) -> Iterator[tuple[_Batch, int, int, bool]]:
+        """The runs of grains of the batches that a puller gets, and which is the last one of its batch."""
+        lane: int | None = None
+        while True:
+            began = time.perf_counter()
+            taken = self.batches.take(lane)
+            times.idle_s += time.perf_counter() - began
+            if taken is None:
+                return
+            lane, batch = taken
+            for first, count in batch.runs:
+                yield batch, first, count, (first, count) == batch.runs[-1]
+
+    def _keep(self, frame: _Frame) -> None:
+        """Store a frame; whoever stores the last one of a segment writes its map."""
+        work = frame.work
+        self._store(work, frame.first, frame.raw)
+        if work.disk.trims:
+            start = work.index * SEGMENT + frame.first * GRAIN
+            frame.reader.trimmer.trim(start, start + len(frame.raw))
+        self.meter.add(work.disk, len(frame.raw), read=len(frame.raw))
+        if frame.ends_batch:
+            with self.lock:
+                work.open_batches -= 1
+                last = work.open_batches == 0
+            if last:
+                self._finish(work)
 
     def _store(self, work: _SegmentWork, first: int, raw: memoryview) -> None:
         """Keep a run of grains: what an earlier backup has at this place is only referred to."""

@@ -22,6 +22,7 @@ from nbdpull.model.results import Finding, GuestCost, Quiesced
 
 __all__ = [
     "GRANULARITY",
+    "READ_CONNECTIONS",
     "Committed",
     "Disk",
     "DiskPlan",
@@ -42,6 +43,10 @@ __all__ = [
 
 GRANULARITY: Final = 65536
 """Of every bitmap that we make, in bytes: a grain of the repository, and a cluster of qcow2."""
+
+READ_CONNECTIONS: Final = 2
+"""For each reader, to a server that is there for this run alone: the server fills both, each up to what is safe
+in flight, while the reader compresses. QEMU accepts 100 in all (`nbd-server-start`, CVE-2024-7409)."""
 
 Committed = Callable[[str, str], bool]
 """Told a chain's id and a backup's id, whether that backup may be durable."""
@@ -150,6 +155,7 @@ class ServedDisk:
             their block status; None where nobody writes.
         trims: whether what is trimmed leaves the scratch, and can't be read any more.
         near: whether `overwritten` can be asked for the whole disk, often: its scratch is on this host.
+        connections: that each reader may open at a time; more than 1 only to a server that is there for this run.
     """
 
     disk: Disk
@@ -160,6 +166,7 @@ class ServedDisk:
     overwritten: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
     trims: bool = False
     near: bool = False
+    connections: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

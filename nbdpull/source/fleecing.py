@@ -37,7 +37,7 @@ from nbdpull.errors import (
 from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.nbdio.connection import is_unix, with_export
 from nbdpull.nbdio.tls import Tls, with_tls
-from nbdpull.source.base import GRANULARITY, DiskPlan, OnLost, ServedDisk
+from nbdpull.source.base import GRANULARITY, READ_CONNECTIONS, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
 from nbdpull.source.elsewhere import OverwrittenElsewhere
 from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
@@ -377,6 +377,7 @@ class QemuPointInTime:
                     overwritten=overwritten,
                     trims=self._options.trim_scratch,
                     near=self._rundir.here,
+                    connections=READ_CONNECTIONS if self._options.nbd_address is None else 1,
                 )
             )
         self.disks = tuple(served)

@@ -27,6 +27,7 @@ from nbdpull.errors import Error, PointInTimeLostError, SourceError, UsageError
 from nbdpull.model.results import Finding, FindingKind, GuestCost, Quiesced
 from nbdpull.source.address import ImageAddress
 from nbdpull.source.base import (
+    READ_CONNECTIONS,
     Committed,
     Disk,
     DiskPlan,
@@ -338,7 +339,11 @@ class _OfflinePointInTime:
             stack.push_async_callback(whole, server.close)
             await whole(server.start)
             context = None if plan.base is None else f"qemu:dirty-bitmap:{plan.base}"
-            served.append(ServedDisk(disk=plan.disk, uri=server.uri, context=context))
+            served.append(
+                ServedDisk(
+                    disk=plan.disk, uri=server.uri, context=context, connections=READ_CONNECTIONS
+                )
+            )
         self.disks = tuple(served)
 
     async def _remove(self, doomed: Sequence[tuple[str, str]]) -> tuple[str, ...]:
