@@ -271,8 +271,12 @@ class Connection:
             read.begin(buffer, offset)
             read.finish()
 
-    def start_read(self, buffer: memoryview, offset: int) -> tuple[int, int, int]:
-        """Send one request, for as much of `buffer` as one may ask for: its cookie, offset and length.
+    def piece(self, offset: int, length: int) -> int:
+        """How much of `length` bytes from `offset` on, 1 or more, one read request may ask for."""
+        return min(self._request, MAX_REQUEST - offset % MAX_REQUEST, length)
+
+    def start_read(self, buffer: memoryview, offset: int) -> int:
+        """Send one request for a `piece`; its cookie.
 
         Of the requests that are not waited for yet at most `window` may be out; whoever uses this owns the
         connection meanwhile.
@@ -280,8 +284,7 @@ class Connection:
         Raises:
             NbdError: the connection is lost.
         """
-        length = min(self._request, MAX_REQUEST - offset % MAX_REQUEST, len(buffer))
-        return self._issue("read", self._nbd.aio_pread, buffer[:length], offset), offset, length
+        return self._issue("read", self._nbd.aio_pread, buffer, offset)
 
     def wait_read(self, cookie: int, offset: int, length: int) -> None:
         """Wait for the answer to a request of `start_read`; raises as `read_into` does."""

@@ -11,7 +11,7 @@ stopped leaves replies that fit the sockets' buffers, and the server goes on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,14 @@ class ReadAhead:
 
     Args:
         connections: to one export, not used by anybody else between `begin` and the end of `finish`.
+        pace: told the length of each request before it is sent; returns when it may be.
     """
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
+    def __init__(
+        self, connections: Sequence[Connection], pace: Callable[[int], None] | None = None
+    ) -> None:
         self._connections = connections
+        self._pace = pace
         self._window = len(connections) * min(one.window for one in connections)
         self._pending: deque[tuple[Connection, int, int, int]] = deque()
         self._buffer = memoryview(b"")
@@ -74,8 +78,12 @@ class ReadAhead:
         total = len(self._buffer)
         while self._position < total and len(self._pending) < self._window:
             connection = self._connections[self._sent % len(self._connections)]
-            rest = self._buffer[self._position :]
-            cookie, at, length = connection.start_read(rest, self._offset + self._position)
+            at = self._offset + self._position
+            length = connection.piece(at, total - self._position)
+            if self._pace is not None:
+                self._pace(length)
+            piece = self._buffer[self._position : self._position + length]
+            cookie = connection.start_read(piece, at)
             self._pending.append((connection, cookie, at, length))
             self._position += length
             self._sent += 1

@@ -20,6 +20,7 @@ import time
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -144,18 +145,22 @@ class _Batch:
 class _Reader:
     """A puller's way to one export: `connections` of them, or the one that all threads share."""
 
-    def __init__(self, disk: DiskPull, shared: Connection | None, cancel: threading.Event) -> None:
+    def __init__(
+        self, disk: DiskPull, shared: Connection | None, pull: _Pull, times: ThreadTimes
+    ) -> None:
         self._shared = shared
+        self._pace = None if pull.rate is None else partial(_take_turn, pull, times)
         self._asked: tuple[memoryview, int] | None = None
         self.own: list[Connection] = []
         if shared is None:
             try:
                 for _ in range(disk.connections):
-                    self.own.append(Connection.open(disk.uri, cancel=cancel))
+                    self.own.append(Connection.open(disk.uri, cancel=pull.cancel))
             except BaseException:
-                self.close(ThreadTimes())
+                for connection in self.own:
+                    connection.close()
                 raise
-            self._ahead = ReadAhead(self.own)
+            self._ahead = ReadAhead(self.own, self._pace)
         self.trimmer = Trimmer(shared or self.own[0])
 
     def begin(self, buffer: memoryview, offset: int) -> None:
@@ -170,10 +175,16 @@ class _Reader:
         if self._shared is None:
             self._ahead.finish()
         elif self._asked is not None:
+            if self._pace is not None:
+                self._pace(len(self._asked[0]))
             self._shared.read_into(*self._asked)
 
     def close(self, times: ThreadTimes) -> None:
         """Close what is the puller's own."""
+        if self.own:
+            # QEMU complains of a client that goes before it was told that its last range is trimmed.
+            with suppress(NbdError, Cancelled):
+                self.trimmer.settle()
         for connection in self.own:
             times.close(connection)
 
@@ -192,7 +203,7 @@ class _Readers:
         if reader is None:
             if len(self._readers) >= _DISKS:
                 self._readers.popitem(last=False)[1].close(self._times)
-            reader = _Reader(disk, self._pull.shared.get(disk.uri), self._pull.cancel)
+            reader = _Reader(disk, self._pull.shared.get(disk.uri), self._pull, self._times)
             self._readers[disk.uri] = reader
         self._readers.move_to_end(disk.uri)
         return reader
@@ -506,31 +517,27 @@ class _Pull:
     def _frames(self, readers: _Readers, times: ThreadTimes) -> Iterator[_Frame]:
         """All that is to be read, frame by frame; the next one is begun before one is handed out.
 
-        A frame's bytes are there until the one after the next is begun.
+        A frame's bytes are there until the next one but one is begun.
         """
         buffers = (memoryview(bytearray(FRAME_MAX)), memoryview(bytearray(FRAME_MAX)))
-        begun: _Frame | None = None
+        read: _Frame | None = None
         for number, (batch, first, count, last) in enumerate(self._runs(times)):
             work = batch.work
             offset = work.index * SEGMENT + first * GRAIN
             length = min(count * GRAIN, work.disk.size - offset)
             reader = readers.of(work.disk)
             frame = _Frame(work, first, buffers[number % 2][:length], reader, last)
-            if self.rate is not None:
-                self.rate.take(length, self.cancel)
             began = time.perf_counter()
-            if begun is not None:
-                begun.reader.finish()
             reader.begin(frame.raw, offset)
             times.source_s += time.perf_counter() - began
-            if begun is not None:
-                yield begun
-            begun = frame
-        if begun is not None:
+            if read is not None:
+                yield read
             began = time.perf_counter()
-            begun.reader.finish()
+            reader.finish()
             times.source_s += time.perf_counter() - began
-            yield begun
+            read = frame
+        if read is not None:
+            yield read
 
     def _runs(self, times: ThreadTimes) -> Iterator[tuple[_Batch, int, int, bool]]:
         """The runs of grains of the batches that a puller gets, and which is the last one of its batch."""
@@ -617,6 +624,14 @@ def _foresight(disk: DiskPull) -> Foresight | None:
     if disk.trims and disk.near and disk.overwritten is not None:
         return Foresight(disk.overwritten, disk.size)
     return None
+
+
+def _take_turn(pull: _Pull, times: ThreadTimes, length: int) -> None:
+    """Wait for the turn of one request: whole frames would come in bursts, which a guest's write waits behind."""
+    if pull.rate is not None:
+        began = time.perf_counter()
+        pull.rate.take(length, pull.cancel)
+        times.source_s -= time.perf_counter() - began  # it is not the source that is waited for
 
 
 def _start(known: KnownFrame) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdpull.nbdio.connection import Connection, ReplyError
+from nbdpull.nbdio.connection import Cancelled, Connection, ReplyError
 from nbdpull.nbdio.readahead import ReadAhead
 from tests.nbdio.conftest import Serve
 from tests.support.holdingproxy import HoldingProxy
@@ -103,3 +103,32 @@ def test_a_second_read_waits_for_the_first_to_be_finished(nbdkit: Serve, image: 
         with pytest.raises(ValueError, match="not finished"):
             ahead.begin(memoryview(bytearray(MIB)), MIB)
         ahead.finish()
+
+
+def test_every_request_waits_for_its_turn(nbdkit: Serve, image: Path) -> None:
+    with (
+        Connection.open(nbdkit("file", image).uri) as one,
+        Connection.open(one.uri) as two,
+    ):
+        turns: list[tuple[int, int]] = []
+
+        def pace(length: int) -> None:
+            turns.append((length, one.requests + two.requests))
+
+        ahead = ReadAhead([one, two], pace)
+        ahead.begin(memoryview(bytearray(MIB)), 512)
+        ahead.finish()
+    assert sum(length for length, _ in turns) == MIB
+    assert max(length for length, _ in turns) == 64 * KIB
+    assert [sent for _, sent in turns] == list(range(17))
+
+
+def test_a_turn_that_never_comes_ends_the_read(nbdkit: Serve, image: Path) -> None:
+    def pace(_length: int) -> None:
+        raise Cancelled
+
+    with Connection.open(nbdkit("file", image).uri) as one:
+        ahead = ReadAhead([one], pace)
+        with pytest.raises(Cancelled):
+            ahead.begin(memoryview(bytearray(MIB)), 0)
+        assert one.requests == 0
