@@ -82,6 +82,10 @@ def guest(setting: Setting, results: Results) -> None:
         "no backup": lambda _domain: time.sleep(_IDLE_S),
         "nbdpull": lambda domain: pulls.append(_pull(setting, domain)),
         "nbdpull at half that rate (--rate)": lambda domain: _pull_at(setting, domain, pulls[-1]),
+        "nbdpull, --trim-scratch": lambda domain: _pull_trimming(setting, domain),
+        "nbdpull at half that rate, --trim-scratch": lambda domain: _pull_at(
+            setting, domain, pulls[-1], "--trim-scratch"
+        ),
         "virtnbdbackup 1.9.15, lz4": lambda domain: _virtnbdbackup(setting, domain),
         "QEMU push, not compressed (as qmpbackup)": lambda domain: _push(setting, domain),
     }
@@ -117,8 +121,12 @@ def _pull(setting: Setting, domain: Domain, *more: str) -> float:
     return float((usage.read or 0) / result["duration_s"])
 
 
-def _pull_at(setting: Setting, domain: Domain, full_speed: float) -> None:
-    _pull(setting, domain, "--rate", str(int(full_speed / 2)))
+def _pull_trimming(setting: Setting, domain: Domain) -> None:
+    _pull(setting, domain, "--trim-scratch")
+
+
+def _pull_at(setting: Setting, domain: Domain, full_speed: float, *more: str) -> None:
+    _pull(setting, domain, "--rate", str(int(full_speed / 2)), *more)
 
 
 def _virtnbdbackup(setting: Setting, domain: Domain) -> None:
@@ -150,6 +158,7 @@ def _report(
     )
     ours, half = tails.pop("nbdpull"), tails.pop("nbdpull at half that rate (--rate)")
     idle = tails.pop("no backup")
+    tails = {name: tail for name, tail in tails.items() if not name.startswith("nbdpull")}
     best = min(tails, key=lambda name: tails[name])
     results.bounds["guest"] = [
         Bound(

@@ -32,7 +32,7 @@ class Usage:
 
     Attributes:
         client_cpu_s: user and system time of the program and its children.
-        server_cpu_s: the same of the QEMU that served the disk, meanwhile.
+        server_cpu_s: the same of the QEMU that served the disk, meanwhile, and of a store that was written to.
         rss: the largest resident set of any one process of the program, in bytes.
         read: bytes that it read from the disk.
         stored: bytes of what it made.
@@ -90,9 +90,13 @@ def warm(path: Path) -> None:
             pass
 
 
-def _cpu(pid: int | None) -> float | None:
-    if pid is None:
+def _cpu(server: int | Sequence[int] | None) -> float | None:
+    if server is None:
         return None
+    return sum(_cpu_of(pid) for pid in ([server] if isinstance(server, int) else server))
+
+
+def _cpu_of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
@@ -113,7 +117,10 @@ def folder_size(path: Path) -> int:
 
 
 def measure(
-    argv: Sequence[str | Path], *, server: int | None = None, ok: Sequence[int] = (0,)
+    argv: Sequence[str | Path],
+    *,
+    server: int | Sequence[int] | None = None,
+    ok: Sequence[int] = (0,),
 ) -> tuple[Usage, str]:
     """Run a command and tell what it took, and its standard output.
 

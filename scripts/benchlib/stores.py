@@ -33,12 +33,12 @@ class _Stores:
         run([NBDPULL, "init", "-r", self.remote])
         line: list[str | Path] = [NBDPULL, "backup", self.domain.uri, "-r", self.remote]
         line += ["-l", "copy", "-q"]
-        return measure(line, server=self.domain.pid)[0]
+        return measure(line, server=(self.domain.pid, self.server.process.pid))[0]
 
-    def _restore(self, repository: Path | str, name: str) -> Usage:
+    def _restore(self, repository: Path | str, name: str, server: int | None = None) -> Usage:
         target = self.setting.fresh(name)
         line: list[str | Path] = [NBDPULL, "restore", "latest", "-r", repository, "-q"]
-        usage, _ = measure([*line, "--to", target])
+        usage, _ = measure([*line, "--to", target], server=server)
         (image,) = target.glob("*.raw")
         self.setting.same(image, "raw")
         return replace(usage, stored=image.stat().st_blocks * 512)
@@ -47,7 +47,7 @@ class _Stores:
         return self._restore(self.local, "restored")
 
     def from_s3(self) -> Usage:
-        return self._restore(self.remote, "converted")
+        return self._restore(self.remote, "converted", self.server.process.pid)
 
 
 def stores(setting: Setting, results: Results) -> None:
@@ -74,7 +74,7 @@ def stores(setting: Setting, results: Results) -> None:
                     Pair(
                         key=key,
                         what=f"{what}, S3 (SeaweedFS on this machine)",
-                        ours=Side("nbdpull, S3", own),
+                        ours=Side("nbdpull, S3 (server: QEMU and SeaweedFS)", own),
                         peer=Side("nbdpull, a local folder", theirs),
                         least=least,
                     )
