@@ -142,6 +142,7 @@ async def backup(
     machine: bool = False,
     definitions: Sequence[str | os.PathLike[str]] = (),
     tpm_state: str | os.PathLike[str] | None = None,
+    resume_within_s: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> BackupResult:
     """Back up a running VM's disks at one point in time.
@@ -186,6 +187,8 @@ async def backup(
         machine: also keep what the monitor tells of the VM's devices, for whoever starts it elsewhere.
         definitions: files to keep with the backup: a libvirt XML, a script. They imply `machine`.
         tpm_state: folder of the TPM's state (swtpm's) to keep with the backup; implies `machine`.
+        resume_within_s: a backup of the chain whose client died is gone on with, at its point in time, where QEMU
+            still holds it and it is less than so many seconds old (default 12 hours; 0 is never).
         progress: is told what happens, from other threads.
 
     Returns:
@@ -215,6 +218,8 @@ async def backup(
         )
     if audit is not None and audit < 0:
         raise UsageError(f"audit is {audit}; expected how many frames to look at, 0 or more")
+    if resume_within_s is not None and not 0 <= resume_within_s < float("inf"):
+        raise UsageError(f"resume-within is {resume_within_s} s; expected 0 or more")
     wanted = _level(level)
     include = _names("include", include)
     exclude = _names("exclude", exclude)
@@ -259,6 +264,7 @@ async def backup(
             else [os.fspath(one) for one in definitions],
         ),
         tpm_state=None if tpm_state is None else os.fspath(tpm_state),
+        resume_within_s=op.RESUME_WITHIN_S if resume_within_s is None else resume_within_s,
     )
     return await op.backup(options, progress=progress)
 

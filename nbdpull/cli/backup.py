@@ -14,8 +14,9 @@ from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import disk_table, table
+from nbdpull.errors import UsageError
 from nbdpull.model.results import BackupResult
-from nbdpull.units import format_duration
+from nbdpull.units import format_duration, parse_duration
 
 __all__ = ["LEVELS", "Level", "chain_option", "command", "full_level"]
 
@@ -166,6 +167,14 @@ def chain_option(function: _F) -> _F:
     metavar="FOLDER",
     help="Also keep the TPM's state, as swtpm has it in this folder. Implies --machine.",
 )
+@click.option(
+    "--resume-within",
+    metavar="DURATION",
+    default="12h",
+    show_default=True,
+    help="Go on at the point in time of a backup whose client died, where QEMU holds it and it is not older;"
+    " 0s takes a new one always.",
+)
 @click.option("--profile", is_flag=True, help="Tell where the time went, after the result.")
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
@@ -197,6 +206,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     machine: bool,
     definitions: tuple[str, ...],
     tpm_state: str | None,
+    resume_within: str,
     profile: bool,
 ) -> int:
     """Back up the writable disks of a VM, all at one point in time.
@@ -212,6 +222,10 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
 
     SOURCE can also be NBD exports that somebody else made: nbd://host/export.
     """
+    try:
+        resume_within_s = parse_duration(resume_within)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
     with show_progress(console) as progress:
         result = api.backup(
             source,
@@ -242,6 +256,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             machine=machine,
             definitions=definitions,
             tpm_state=tpm_state,
+            resume_within_s=resume_within_s,
             progress=progress,
         )
     for warning in result.warnings:

@@ -183,6 +183,8 @@ class BackupResult:
         profile: where its time went.
         cost: what it cost the guest; None where there was none to disturb.
         quiesced: what the guest's agent froze, None when it was not asked to.
+        resumed: it went on at the point in time of a run that had died: `time` is that one, and the disks'
+            bytes are what was left to read and to store.
         warnings: things that went wrong without harming it.
     """
 
@@ -197,6 +199,7 @@ class BackupResult:
     profile: BackupProfile
     cost: GuestCost | None = None
     quiesced: Quiesced | None = None
+    resumed: bool = False
     warnings: tuple[str, ...] = ()
 
 

@@ -13,15 +13,17 @@ all along, so the next backup has everything.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 
 from nbdpull.errors import (
     Error,
     InUseError,
+    MonitorError,
     PointInTimeLostError,
     SourceError,
     UsageError,
@@ -53,19 +55,32 @@ from nbdpull.ops.machinestate import (
 )
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
+from nbdpull.ops.resuming import RESUME_WITHIN_S, check_same, find_unfinished
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
-from nbdpull.source.base import Disk, DiskPlan, PointInTime, RunInfo, Source
+from nbdpull.source.base import (
+    CannotGoOnError,
+    Disk,
+    DiskPlan,
+    PointInTime,
+    RecordedPointInTime,
+    Resumable,
+    RunInfo,
+    Source,
+)
 from nbdpull.source.fleecing import GUEST_DELAY_S, QemuOptions
+from nbdpull.source.journal import Journal
 from nbdpull.source.names import checkpoint_name, checkpoint_parts
 from nbdpull.source.open import check_source, open_source
+from nbdpull.source.unfinished import Unfinished, UnfinishedDisk
 from nbdpull.units import format_size
 from nbdpull.version import __version__
 
 __all__ = [
     "AUDIT",
     "GUEST_DELAY_S",
+    "RESUME_WITHIN_S",
     "BackupOptions",
     "backup",
 ]
@@ -110,6 +125,7 @@ class BackupOptions:
         machine: keep what the monitor tells of the VM's devices; `definitions` and `tpm_state` do so, too.
         definitions: files to keep with it.
         tpm_state: folder of the TPM's state to keep with it.
+        resume_within_s: how old the point in time of a run that died may be to be gone on with; 0 for never.
     """
 
     source: tuple[str, ...]
@@ -140,6 +156,7 @@ class BackupOptions:
     machine: bool = False
     definitions: tuple[str, ...] = ()
     tpm_state: str | None = None
+    resume_within_s: float = RESUME_WITHIN_S
 
     @property
     def keeps_machine(self) -> bool:
@@ -170,10 +187,17 @@ def _tls(options: BackupOptions) -> Tls | None:
 
 
 async def _recover(
-    source: Source, options: BackupOptions, chain: Chain, say: Callable[[str], None]
+    source: Source,
+    options: BackupOptions,
+    chain: Chain,
+    say: Callable[[str], None],
+    spared: Unfinished | None = None,
 ) -> None:
-    """Clear away what a dead run left, and refuse to run beside a live one of the same chain."""
-    swept = await source.sweep(chain.committed)
+    """Clear away what dead runs left, and refuse to run beside a live one of the same chain."""
+    if spared is not None and isinstance(source, Resumable):
+        swept = await source.sweep_others(chain.committed, spared)
+    else:
+        swept = await source.sweep(chain.committed)
     for line in swept.removed:
         say(f"removed what an earlier run left: {line}")
     for live in swept.live:
@@ -247,31 +271,12 @@ async def backup(
             say=say,
         )
         stack.callback(reuse.close)
-        await _recover(source, options, chain, say)
-        disks = await source.disks(include=options.include, exclude=options.exclude)
-        check_names("disk", (disk.name for disk in disks))
-        backup_id = BackupId(secrets.token_hex(8))
-        chosen = []
-        for disk in disks:
-            decision, parent = await call(chain.choose, disk, options.level, options.since)
-            like = await call(chain.like, disk, reuse.base) if parent is None else None
-            if like is not None:
-                reason = (
-                    f"{decision.reason}; what backup {like.summary.backup} has is not stored again"
-                )
-                decision = replace(decision, reason=reason)
-            checkpoint = None
-            if decision.level is not Level.COPY and disk.records:
-                named = None if disk.shares_checkpoint else disk.name
-                checkpoint = checkpoint_name(chain.id, backup_id, named)
-            chosen.append(
-                _Chosen(
-                    disk=disk, decision=decision, parent=parent, like=like, checkpoint=checkpoint
-                )
-            )
-            say(f"disk {disk.name}: {decision.level}, {decision.reason}")
-        run = _Run(options, source, repository, chain, backup_id, chosen, progress, reuse)
+        run = _Run(options, source, repository, chain, progress, reuse)
         run.definitions = definitions
+        if (done := await run.go_on()) is not None:
+            return done
+        await _recover(source, options, chain, say)
+        await run.choose(BackupId(secrets.token_hex(8)), options.level)
         if options.keeps_machine:
             run.described = await source.machine()
         return await run.go()
@@ -293,8 +298,6 @@ class _Run:
         source: Source,
         repository: Repository,
         chain: Chain,
-        backup_id: BackupId,
-        chosen: Sequence[_Chosen],
         progress: ProgressCallback | None,
         reuse: Reusing,
     ) -> None:
@@ -304,20 +307,128 @@ class _Run:
         self.repository = repository
         self.chain = chain
         self.vm = chain.vm
-        self.backup_id = backup_id
-        self.chosen = list(chosen)
+        self.backup_id = BackupId("")
+        self.chosen: list[_Chosen] = []
         self.progress = progress
-        self.level = backup_level(one.decision for one in chosen)
+        self.level = Level.FULL
         self.times = PullTimes(0)
         self.sessions: list[Session] = []
         self.described: tuple[str, bytes] | None = None
         self.definitions: Sequence[File] = ()
         self.machine: MachinePart | None = None
+        self.record: Unfinished | None = None
+        self.journal: Journal | None = None
         self.committing = False
         self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
 
-    async def go(self) -> BackupResult:
+    async def choose(self, backup_id: BackupId, level: Level | None) -> None:
+        """Decide what to do with each disk, and say it."""
+        options, chain = self.options, self.chain
+        disks = await self.source.disks(include=options.include, exclude=options.exclude)
+        check_names("disk", (disk.name for disk in disks))
+        chosen = []
+        for disk in disks:
+            decision, parent = await call(chain.choose, disk, level, options.since)
+            like = await call(chain.like, disk, self.reuse.base) if parent is None else None
+            if like is not None:
+                reason = (
+                    f"{decision.reason}; what backup {like.summary.backup} has is not stored again"
+                )
+                decision = replace(decision, reason=reason)
+            checkpoint = None
+            if decision.level is not Level.COPY and disk.records:
+                named = None if disk.shares_checkpoint else disk.name
+                checkpoint = checkpoint_name(chain.id, backup_id, named)
+            chosen.append(
+                _Chosen(
+                    disk=disk, decision=decision, parent=parent, like=like, checkpoint=checkpoint
+                )
+            )
+        self.backup_id = backup_id
+        self.chosen = chosen
+        self.level = backup_level(one.decision for one in chosen)
+
+    def _say_chosen(self) -> None:
+        for one in self.chosen:
+            self._say(f"disk {one.disk.name}: {one.decision.level}, {one.decision.reason}")
+
+    def _disks(self) -> tuple[UnfinishedDisk, ...]:
+        """What is done, as it is left on record."""
+        return tuple(
+            UnfinishedDisk(
+                name=one.disk.name,
+                size=one.disk.size,
+                level=one.decision.level,
+                base=_count_from(one),
+                checkpoint=one.checkpoint,
+            )
+            for one in self.chosen
+        )
+
+    async def go_on(self) -> BackupResult | None:
+        """The backup at the point in time of a run that died; None where a new one is to be taken."""
+        try:
+            record = await find_unfinished(
+                self.source,
+                self.chain,
+                level=self.options.level,
+                keeps_machine=self.options.keeps_machine,
+                within_s=self.options.resume_within_s,
+            )
+            if record is None:
+                return None
+            try:
+                await self.choose(BackupId(record.backup), record.asked)
+            except (
+                SourceError,
+                UsageError,
+            ) as exc:  # told again, if it is so without that run, too
+                raise CannotGoOnError(str(exc)) from exc
+            check_same(record, self._disks())
+            # Numbered in QEMU's names as they were then.
+            order = [told.name for told in record.disks]
+            self.chosen.sort(key=lambda one: order.index(one.disk.name))
+            await _recover(self.source, self.options, self.chain, self._say, record)
+            begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.time))
+            self._say(
+                f"goes on with the backup of {begun} that process {record.pid} did not finish"
+            )
+            return await self.go(record)
+        except CannotGoOnError as exc:
+            self._say(f"a backup that did not come to its end can't be gone on with: {exc}")
+        except MonitorError:
+            raise
+        except SourceError as exc:
+            if self.committing or self.record is None:
+                raise
+            self._say(f"the earlier backup's point in time can't be read any more: {exc}")
+        await self._begin_again()
+        return None
+
+    async def _begin_again(self) -> None:
+        """Forget the try to go on, once nothing of it is in use any more."""
+        if isinstance(self.source, Resumable):
+            await self.source.end_runs()
+        self.record = None
+        self.journal = None
+        self.sessions.clear()
+        self._stop = lambda: None
+
+    def _freeze(
+        self, record: Unfinished | None, plans: Sequence[DiskPlan]
+    ) -> AbstractAsyncContextManager[PointInTime]:
+        def lost(_reason: PointInTimeLostError) -> None:
+            self._stop()
+
+        if record is not None and isinstance(self.source, Resumable):
+            return self.source.resume(record, plans, lost)
+        info = RunInfo(run=self.backup_id[:8], chain=self.chain.id)
+        return self.source.freeze(info, plans, lost)
+
+    async def go(self, record: Unfinished | None = None) -> BackupResult:
+        """Make the backup, at the point in time of `record` where there is one."""
+        self._say_chosen()
         plans = [
             DiskPlan(
                 disk=one.disk,
@@ -328,12 +439,13 @@ class _Run:
         ]
         frozen: PointInTime | None = None
         try:
-            began = time.time()
-            clock = time.monotonic()
-            info = RunInfo(run=self.backup_id[:8], chain=self.chain.id)
-            async with self.source.freeze(info, plans, lambda _reason: self._stop()) as frozen:
+            began = time.time() if record is None else record.time
+            clock = time.monotonic() - max(0.0, time.time() - began)
+            async with self._freeze(record, plans) as frozen:
+                self.record = record
                 # Before anything else: it can't be frozen, and is to be as old as the disks.
                 await call(self._keep_machine)
+                await self._keep_record(frozen, began)
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
             lies = self._heed_audit(pulls)
@@ -349,6 +461,23 @@ class _Run:
         return self._result(
             summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
         )
+
+    async def _keep_record(self, frozen: PointInTime, began: float) -> None:
+        """From here on another process can go on, should this one die."""
+        if not isinstance(frozen, RecordedPointInTime):
+            return
+        if self.record is not None:
+            self.journal = await frozen.journal(self.backup_id)
+            return
+        record = Unfinished(
+            backup=self.backup_id,
+            chain=self.chain.id,
+            time=began,
+            pid=os.getpid(),
+            asked=self.options.level,
+            disks=self._disks(),
+        )
+        self.journal = await frozen.keep_record(record)
 
     def _keep_machine(self) -> None:
         files = collect_files(self.definitions, self.options.tpm_state, self.described)
@@ -370,7 +499,15 @@ class _Run:
                 session = self._begin_session(self.chosen[number])
             one = self.chosen[number]
             self.sessions.append(session)
-            if session.adopted.packs:
+            journal = None
+            if self.journal is not None:
+                journal = self.journal.disk(number, one.disk.size)
+            if journal is not None and self.record is not None:
+                self._say(
+                    f"disk {one.disk.name}: {format_size(journal.nbytes)} of"
+                    f" {format_size(one.disk.size)} were read already"
+                )
+            elif session.adopted.packs:
                 self._say(
                     f"disk {one.disk.name}: a backup that did not come to its end stored"
                     f" {format_size(session.adopted.nbytes)}; what of it is still the same is not stored again"
@@ -393,6 +530,7 @@ class _Run:
                     session=session,
                     audit=self.options.audit if served.whole else None,
                     healer=Healer(self.repository, session, reader, size=one.disk.size),
+                    journal=journal,
                 )
             )
         return pulls
@@ -589,5 +727,6 @@ class _Run:
             cost=cost,
             quiesced=quiesced,
             profile=self.times.profile(self.sessions),
+            resumed=self.record is not None,
             warnings=warnings,
         )

@@ -56,6 +56,10 @@ class Chain:
         """Whether a checkpoint may belong to a durable backup: another chain's always may."""
         return chain != self.id or (backup in self._all and self._all[backup].complete)
 
+    def knows(self, backup: str) -> bool:
+        """Whether the repository has anything of that backup, also when it is forgotten or incomplete."""
+        return any(found.id == backup for found in self._ever)
+
     def summaries(self, disk: str) -> list[Summary]:
         """This disk's part of each backup, newest first."""
         return [

@@ -50,9 +50,11 @@ from nbdpull.ops.heal import Healer
 from nbdpull.ops.order import Foresight, Order
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
+from nbdpull.ops.resuming import take_stored
 from nbdpull.ops.threads import give_way, in_thread, run_all, worker_count
 from nbdpull.ops.trimming import Trimmer, trim_unchanged
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
+from nbdpull.source.journal import ZEROES, DiskJournal
 
 __all__ = ["DiskPull", "PullCounts", "pull"]
 
@@ -99,6 +101,7 @@ class DiskPull:
             the last ones; None where what is clean can't be read.
         lie: set when the audit found that it is wrong: then the disk was read in full.
         healer: what of this disk the repository lost; None when nothing is known to be.
+        journal: what a run that died had read of this point in time, and where to note what is read.
     """
 
     name: str
@@ -110,6 +113,7 @@ class DiskPull:
     audit: int | None = None
     lie: list[str] = field(default_factory=list)
     healer: Healer | None = None
+    journal: DiskJournal | None = None
     granularity: int = GRAIN
     overwritten: Overwritten | None = None
     trims: bool = False
@@ -276,11 +280,12 @@ class _Meter:
             )
 
 
-def _batches(work: _SegmentWork) -> list[_Batch]:
+def _batches(work: _SegmentWork, left: Kinds) -> list[_Batch]:
+    """What is to be read of a segment: all that is still DATA in `left`."""
     batches: list[_Batch] = []
     runs: list[tuple[int, int]] = []
     grains = 0
-    for run in frame_runs(work.kinds):
+    for run in frame_runs(left):
         runs.append(run)
         grains += run[1]
         if grains * GRAIN >= _BATCH_BYTES or len(runs) >= _BATCH_FRAMES:
@@ -289,6 +294,17 @@ def _batches(work: _SegmentWork) -> list[_Batch]:
     if runs:
         batches.append(_Batch(work, runs))
     work.open_batches = len(batches)
+    return batches
+
+
+def _left_to_read(work: _SegmentWork) -> list[_Batch]:
+    """What of a segment is to be read, and what an earlier backup has there."""
+    disk, left = work.disk, work.kinds
+    if disk.journal is not None:
+        left = take_stored(disk.journal, disk.session, work.index, left, work.intervals)
+    batches = _batches(work, left)
+    if batches:
+        work.known = disk.session.known(work.index, left)
     return batches
 
 
@@ -470,9 +486,7 @@ class _Pull:
                 work.before = disk.healer.plan(index, kinds, read)
             if trimmer is not None:
                 trimmer.trim_kind(kinds, Kind.ZERO, base, end)
-            batches = _batches(work)
-            if batches:
-                work.known = disk.session.known(index, kinds)
+            batches = _left_to_read(work)
             to_read = sum(n for batch in batches for _, n in batch.runs) * GRAIN
             self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
             if (changed or work.before is not None) and not batches:
@@ -580,6 +594,7 @@ class _Pull:
             if work.disk.session.refer(known, raw[start:end]):
                 self._store_new(work, first + at // GRAIN, raw[at:start])
                 self._add(work, known.start, known.found)
+                _note(work, known.start, known.length, known.digest)
                 at = end
         self._store_new(work, first + at // GRAIN, raw[at:])
 
@@ -588,11 +603,16 @@ class _Pull:
         begin, end = 0, len(raw)
         while begin < end and _is_zero(raw[begin : begin + GRAIN]):
             begin += GRAIN
-        if begin >= end:
+        begin = min(begin, end)
+        _note(work, first, begin, ZEROES)
+        if begin == end:
             return
         while _is_zero(raw[(end - 1) // GRAIN * GRAIN : end]):
             end = (end - 1) // GRAIN * GRAIN
-        self._add(work, first + begin // GRAIN, work.disk.session.put(raw[begin:end]))
+        found, digest = work.disk.session.put_named(raw[begin:end])
+        self._add(work, first + begin // GRAIN, found)
+        _note(work, first + begin // GRAIN, end - begin, digest)
+        _note(work, first + end // GRAIN, len(raw) - end, ZEROES)
 
     def _add(self, work: _SegmentWork, start: int, found: Found) -> None:
         interval = Interval(
@@ -616,6 +636,11 @@ class _Pull:
             before = disk.parent.segment(work.index) if disk.parent else Segment.empty()
         work.intervals.sort(key=lambda interval: interval.start)
         disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
+
+
+def _note(work: _SegmentWork, first: int, length: int, digest: bytes) -> None:
+    if work.disk.journal is not None and length:
+        work.disk.journal.note(work.index * SEGMENT + first * GRAIN, length, digest)
 
 
 def _foresight(disk: DiskPull) -> Foresight | None:

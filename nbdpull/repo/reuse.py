@@ -189,13 +189,18 @@ class Reuse:
     Args:
         like: the backup whose frames are looked at first, place by place; None for none.
         finders: are asked by digest, in this order.
+        adopted: those of them that find what dead sessions of the disk had stored.
     """
 
     def __init__(
-        self, like: ReuseSource | None = None, finders: Sequence[FrameFinder] = ()
+        self,
+        like: ReuseSource | None = None,
+        finders: Sequence[FrameFinder] = (),
+        adopted: Sequence[FrameFinder] = (),
     ) -> None:
         self._like = like
         self._finders = finders
+        self._adopted = adopted
 
     def known(self, index: int, kinds: Kinds) -> list[KnownFrame]:
         """Whole frames of the earlier backup that lie inside the DATA grains of segment `index`.
@@ -219,8 +224,13 @@ class Reuse:
 
     def find(self, digest: bytes, length: int) -> Found | None:
         """A frame with that digest and length from anywhere."""
-        for finder in self._finders:
-            found = finder.find(digest, length)
-            if found is not None:
-                return found
-        return None
+        return _first(self._finders, digest, length)
+
+    def find_adopted(self, digest: bytes, length: int) -> Found | None:
+        """The same, of what dead sessions of the disk had stored."""
+        return _first(self._adopted, digest, length)
+
+
+def _first(finders: Sequence[FrameFinder], digest: bytes, length: int) -> Found | None:
+    found = (finder.find(digest, length) for finder in finders)
+    return next((one for one in found if one is not None), None)

@@ -93,14 +93,14 @@ class ReusePlan:
         def pinned(manifest: Manifest) -> ReuseSource | None:
             return source(manifest) if pin_of(manifest) in self._alive else None
 
-        finders: list[FrameFinder] = []
-        if self._adoption is not None:
-            finders += self._adoption.open(table, listing)
+        adopted = self._adoption.open(table, listing) if self._adoption is not None else []
+        finders: list[FrameFinder] = [*adopted]
         if self._base is not None:
             finders.append(IndexFinder(self._base, [pinned(one) for one in self._base.manifests]))
         if self._cache is not None:
             finders.append(CacheFinder(self._cache, self._alive, self._read, source))
-        return Reuse(pinned(self._like) if self._like is not None else None, finders)
+        like = pinned(self._like) if self._like is not None else None
+        return Reuse(like, finders, adopted)
 
     def _read(self, pin: str) -> Manifest | None:
         try:

@@ -195,6 +195,10 @@ class Session:
         Raises:
             StoreError: this or an earlier pack could not be written.
         """
+        return self.put_named(raw, kind)[0]
+
+    def put_named(self, raw: Buffer, kind: FrameKind = FrameKind.DATA) -> tuple[Found, bytes]:
+        """As `put`, and by which digest the frame is named."""
         if not 0 < len(raw) <= FRAME_MAX:
             raise ValueError(f"a frame of {len(raw)} bytes can't be")
         began = time.perf_counter()
@@ -206,7 +210,7 @@ class Session:
         if found is not None:
             self.stages.add(hash_s=hashed - began)
             self._count_reused(len(raw))
-            return found
+            return found, digest
         codec, payload = self._compress(raw)
         compressed = time.perf_counter()
         pack, header, offset = self._reserve(codec, len(payload), len(raw), kind, digest)
@@ -229,7 +233,14 @@ class Session:
             encrypt_s=encrypt_s,
             store_s=time.perf_counter() - compressed - encrypt_s,
         )
-        return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN))
+        return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN)), digest
+
+    def find_adopted(self, digest: bytes, length: int) -> Found | None:
+        """A frame of disk data that a dead session of the disk had stored, to be referred to."""
+        found = None if digest in self.lost else self._reuse.find_adopted(digest, length)
+        if found is not None:
+            self._count_reused(length)
+        return found
 
     def _buffer(self) -> memoryview:
         """Of the calling thread, for one encrypted frame: memory that is new each time costs more."""

@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
-from nbdpull.errors import PointInTimeLostError, UsageError
+from nbdpull.errors import PointInTimeLostError, SourceError, UsageError
 from nbdpull.model.chain import BitmapState
 from nbdpull.model.results import Finding, GuestCost, Quiesced
+from nbdpull.source.journal import Journal
+from nbdpull.source.unfinished import Unfinished
 
 __all__ = [
     "GRANULARITY",
     "READ_CONNECTIONS",
+    "CannotGoOnError",
     "Committed",
     "Disk",
     "DiskPlan",
@@ -33,6 +36,8 @@ __all__ = [
     "OnLost",
     "PointInTime",
     "Recall",
+    "RecordedPointInTime",
+    "Resumable",
     "RunInfo",
     "ServedDisk",
     "Skipped",
@@ -243,6 +248,20 @@ class PointInTime(Protocol):
         """The backup failed: drop its checkpoints. The older ones have recorded all along."""
 
 
+@runtime_checkable
+class RecordedPointInTime(PointInTime, Protocol):
+    """A point in time that another process can go on at, should this one die."""
+
+    async def keep_record(self, record: Unfinished) -> Journal | None:
+        """Leave on record what another process needs; returns where to note what is read, None for nowhere.
+
+        What is the source's own business is filled in.
+        """
+
+    async def journal(self, backup: str) -> Journal | None:
+        """Of a point in time that is gone on at, what was read before, and where to note what is."""
+
+
 class Source(Protocol):
     """An open source of disks: one VM, in whatever way it is reached."""
 
@@ -284,6 +303,37 @@ class Source(Protocol):
         frozen view is ended: the caller decides about the bitmaps with `confirm` or `discard`, which
         work as long as the source is open.
         """
+
+
+@runtime_checkable
+class Resumable(Source, Protocol):
+    """A source that may still hold the point in time of a run that died."""
+
+    async def unfinished(self, chain: str) -> Unfinished | None:
+        """The dead run of a chain that can be gone on with, as far as is seen yet; None where none died.
+
+        Raises:
+            CannotGoOnError: there is one, and its point in time is lost.
+        """
+
+    async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
+        """As `sweep`, and leave that run alone."""
+
+    def resume(
+        self, record: Unfinished, plans: Sequence[DiskPlan], on_lost: OnLost
+    ) -> AbstractAsyncContextManager[RecordedPointInTime]:
+        """As `freeze`, at the point in time of that run.
+
+        Raises:
+            CannotGoOnError: it can't be. Either nothing was touched, or nothing of it is left.
+        """
+
+    async def end_runs(self) -> None:
+        """Let go of every run of this process, as when the source is closed; it stays open."""
+
+
+class CannotGoOnError(SourceError):
+    """A run that died can't be gone on with; the message is why, after 'because'."""
 
 
 def select_disks(

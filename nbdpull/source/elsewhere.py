@@ -22,8 +22,10 @@ from nbdpull.errors import MonitorError, SourceError, UsageError
 from nbdpull.nbdio.connection import Connection
 from nbdpull.nbdio.status import Allocation, StatusReader
 from nbdpull.source.base import GRANULARITY
+from nbdpull.source.journal import Journal
 from nbdpull.source.rundir import SOCKET_PATH_MAX, FoundRun
 from nbdpull.source.ssh import ScriptError, SshLink, quoted
+from nbdpull.source.unfinished import Unfinished
 
 __all__ = ["Elsewhere", "OverwrittenElsewhere", "RunDirElsewhere", "look_at_socket"]
 
@@ -175,6 +177,17 @@ class RunDirElsewhere:
         """
         self._try(f"{'mkdir' if paused else 'rmdir'} -- {quoted(self.path / 'paused')}")
 
+    def keep_record(self, record: Unfinished) -> bool:  # noqa: ARG002 - QEMU may own the folder
+        """False: nothing in the folder is written to by name, and no file there is known to be ours."""
+        return False
+
+    def journal(self, backup: str) -> Journal | None:  # noqa: ARG002 - as above
+        """None: see `keep_record`."""
+        return None
+
+    def leave(self) -> None:
+        """Nothing: nobody holds its lock."""
+
     def keep(self) -> None:
         """Leave the folder and what is in it when this run ends: QEMU may still use it."""
         self._keep = True
@@ -205,6 +218,9 @@ class _FoundElsewhere(FoundRun):
     def remove(self) -> None:
         with suppress(MonitorError):
             self.link.run(f"rm -rf -- {quoted(self.path)}")
+
+    def record(self) -> Unfinished:
+        raise ValueError("it was made over ssh, where nothing is left on record")
 
 
 class Elsewhere:
@@ -260,6 +276,10 @@ class Elsewhere:
                 f" {SOCKET_PATH_MAX} bytes; choose a shorter one with --scratch"
             )
         return made
+
+    def take_over(self, path: Path, *, source: str, chain: str) -> RunDirElsewhere:  # noqa: ARG002
+        """Never: nothing is left on record here."""
+        raise SourceError(f"scratch folder {path} on {self._link.host} can't be taken over")
 
     def find(self, path: Path) -> FoundRun | None:
         """See `Place.find`."""

@@ -22,10 +22,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
+
+from blake3 import blake3
 
 from nbdpull.errors import (
     CommandError,
@@ -40,6 +43,7 @@ from nbdpull.nbdio.tls import Tls, with_tls
 from nbdpull.source.base import GRANULARITY, READ_CONNECTIONS, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
 from nbdpull.source.elsewhere import OverwrittenElsewhere
+from nbdpull.source.journal import Journal
 from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
 from nbdpull.source.names import RunNames
 from nbdpull.source.noroom import NoRoom
@@ -48,9 +52,18 @@ from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.scratch import Overwritten, ScratchGuard
+from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
 
-__all__ = ["GUEST_DELAY_S", "QemuOptions", "QemuPlan", "QemuPointInTime", "freeze"]
+__all__ = [
+    "GUEST_DELAY_S",
+    "QemuOptions",
+    "QemuPlan",
+    "QemuPointInTime",
+    "freeze",
+    "resume",
+    "server_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +140,7 @@ class QemuPointInTime:
         self._copied: int | None = None
         self._stack = contextlib.AsyncExitStack()
         self._scratch: list[str] = []
+        self._port: int | None = None
         self._released = False
         self._monitor_lost = False
         self._failed = False
@@ -156,6 +170,20 @@ class QemuPointInTime:
 
     def _push_delete(self, node: str) -> None:
         self._push(f"removing node {node}", partial(self._delete_node, node))
+
+    def _push_stop(self) -> None:
+        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+
+    def _push_give_back(self, plan: QemuPlan) -> None:
+        self._push(
+            f"giving '{plan.disk.name}' its node back",
+            lambda: self._set_drive(plan, plan.disk.top),
+        )
+
+    async def _set_drive(self, plan: QemuPlan, node: str) -> None:
+        await self._monitor.execute(
+            "qom-set", {"path": plan.disk.qom_path, "property": "drive", "value": node}
+        )
 
     async def _delete_node(self, node: str) -> None:
         try:
@@ -295,14 +323,8 @@ class QemuPointInTime:
             options["bitmap"] = {"node": plan.disk.node, "name": self._names.bitmap}
         self._push_delete(node)
         await self._monitor.execute("blockdev-add", options)
-
-        async def set_drive(value: str) -> None:
-            await self._monitor.execute(
-                "qom-set", {"path": plan.disk.qom_path, "property": "drive", "value": value}
-            )
-
-        self._push(f"giving '{plan.disk.name}' its node back", lambda: set_drive(plan.disk.top))
-        await set_drive(node)
+        self._push_give_back(plan)
+        await self._set_drive(plan, node)
 
     async def _add_access(self) -> None:
         for index in range(len(self._plans)):
@@ -339,8 +361,7 @@ class QemuPointInTime:
                         " nbd-server-stop if nobody uses it"
                     ) from exc
                 raise
-            self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
-        served = []
+            self._push_stop()
         for index, plan in enumerate(self._plans):
             export = self._names.export(index)
             arguments: dict[str, Any] = {
@@ -351,10 +372,8 @@ class QemuPointInTime:
                 # Only to be trimmed: snapshot-access takes no write.
                 "writable": self._options.trim_scratch,
             }
-            context = None
             if plan.base is not None:
                 arguments["bitmaps"] = [{"node": plan.disk.node, "name": self._names.bitmap}]
-                context = f"qemu:dirty-bitmap:{self._names.bitmap}"
             self._push(f"removing export {export}", partial(self._end_export, export))
             try:
                 await self._monitor.execute("block-export-add", arguments)
@@ -365,22 +384,23 @@ class QemuPointInTime:
                         " nbd-server-start, or leave --nbd-address out and nbdpull starts its own"
                     ) from exc
                 raise
-            all_of_it = context is None or not self._options.guest_first
-            overwritten = await self._look_at_scratch(index, uri_of)
-            self._stack.callback(overwritten.close)
-            served.append(
-                ServedDisk(
-                    disk=plan.disk,
-                    uri=uri_of(export),
-                    context=context,
-                    whole=all_of_it,
-                    overwritten=overwritten,
-                    trims=self._options.trim_scratch,
-                    near=self._rundir.here,
-                    connections=READ_CONNECTIONS if self._options.nbd_address is None else 1,
-                )
-            )
-        self.disks = tuple(served)
+            await self._add_served(index, plan, uri_of)
+
+    async def _add_served(self, index: int, plan: QemuPlan, uri_of: Callable[[str], str]) -> None:
+        context = None if plan.base is None else f"qemu:dirty-bitmap:{self._names.bitmap}"
+        overwritten = await self._look_at_scratch(index, uri_of)
+        self._stack.callback(overwritten.close)
+        served = ServedDisk(
+            disk=plan.disk,
+            uri=uri_of(self._names.export(index)),
+            context=context,
+            whole=context is None or not self._options.guest_first,
+            overwritten=overwritten,
+            trims=self._options.trim_scratch,
+            near=self._rundir.here,
+            connections=READ_CONNECTIONS if self._options.nbd_address is None else 1,
+        )
+        self.disks = (*self.disks, served)
 
     async def _look_at_scratch(
         self, index: int, uri_of: Callable[[str], str]
@@ -400,9 +420,9 @@ class QemuPointInTime:
         """Start QEMU's NBD server on loopback with TLS, and return its address."""
         creds = await self._add_creds(tls)
         await asyncio.to_thread(self._rundir.mark_server)
-        port = await start_on_loopback(self._monitor, creds)
-        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
-        return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
+        self._port = await start_on_loopback(self._monitor, creds)
+        self._push_stop()
+        return _on_loopback(self._port, tls)
 
     async def _start_at_address(self, address: str, tls: Tls | None) -> None:
         """Start QEMU's NBD server where the user says, if it has TLS, and QEMU runs none."""
@@ -416,7 +436,7 @@ class QemuPointInTime:
                 raise
             return
         await asyncio.to_thread(self._rundir.mark_server)
-        self._push("stopping the NBD server", lambda: self._monitor.execute("nbd-server-stop"))
+        self._push_stop()
 
     async def _add_creds(self, tls: Tls) -> str:
         creds = self._names.tls
@@ -439,6 +459,62 @@ class QemuPointInTime:
         except CommandError as exc:
             if not _is_absent(exc):
                 raise
+
+    # -- going on with it ---------------------------------------------------------------------------
+
+    async def keep_record(self, record: Unfinished) -> Journal | None:
+        """See `Resumable`."""
+        if not self._rundir.here:
+            return None
+        record = replace(
+            record,
+            guest_first=self._options.guest_first,
+            trims=self._options.trim_scratch,
+            server=server_of(self._options),
+            port=self._port,
+            pause_s=self._pause_s,
+            quiesced=self.quiesced,
+        )
+        kept = await asyncio.to_thread(self._rundir.keep_record, record)
+        return await self.journal(record.backup) if kept and not record.trims else None
+
+    async def journal(self, backup: str) -> Journal | None:
+        """What was noted of the reading, to go on with; None where nothing can be noted."""
+        journal = await asyncio.to_thread(self._rundir.journal, backup)
+        if journal is not None:
+            self._stack.callback(journal.close)
+        return journal
+
+    async def _attach(self, uri_of: Callable[[str], str], record: Unfinished) -> None:
+        """Take what a run made as this one's own, in the order in which it was made."""
+        age_s = max(0.0, time.time() - record.time)
+        self._began = asyncio.get_running_loop().time() - age_s
+        self._pause_s = record.pause_s
+        self.quiesced = record.quiesced
+        for index in range(len(self._plans)):
+            self._scratch.append(str(self._rundir.path / f"disk{index}.raw"))
+            self._push_delete(self._names.scratch(index))
+        for index, plan in enumerate(self._plans):
+            if self._options.guest_first:
+                self._push_delete(self._names.filter(index))
+                self._push_give_back(plan)
+            else:
+                job_id = self._names.job(index)
+                self._push(f"ending job {job_id}", partial(self._end_job, job_id))
+        for index in range(len(self._plans)):
+            self._push_delete(self._names.access(index))
+        if self._options.nbd_address is None:
+            tls = self._options.tls
+            if tls is not None and record.port is not None:
+                self._port = record.port
+                creds = self._names.tls
+                self._push("removing its TLS files", partial(self._delete_object, creds))
+                uri_of = partial(with_export, _on_loopback(record.port, tls))
+            self._push_stop()
+        for index, plan in enumerate(self._plans):
+            export = self._names.export(index)
+            self._push(f"removing export {export}", partial(self._end_export, export))
+            await self._add_served(index, plan, uri_of)
 
     # -- watching it -------------------------------------------------------------------------------
 
@@ -589,6 +665,16 @@ class QemuPointInTime:
         return await self._remove_bitmaps(doomed)
 
 
+def server_of(options: QemuOptions) -> str:
+    """A digest of how exports are reached: who goes on with them must reach them in the same way."""
+    told = f"{options.nbd_address}\n{options.tls is not None}"
+    return blake3(told.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _on_loopback(port: int, tls: Tls) -> str:
+    return with_tls(f"nbds://{LOOPBACK}:{port}", tls)
+
+
 def _is_absent(exc: CommandError) -> bool:
     """Whether QEMU refused because there is no such thing: it was never made."""
     return any(words in exc.description for words in ("Failed to find", "Cannot find", "not found"))
@@ -626,12 +712,55 @@ async def freeze(
     """
     # In a thread, because it looks at the room there is.
     frozen = await whole(QemuPointInTime, monitor, names, plans, rundir, options, on_lost)
+    async with _held(frozen, monitor, lambda: frozen._build(uri_of), on_released):  # noqa: SLF001
+        yield frozen
+
+
+@contextlib.asynccontextmanager
+async def resume(  # noqa: PLR0913 - as `freeze`, and what the dead one left
+    monitor: Monitor,
+    names: RunNames,
+    plans: Sequence[QemuPlan],
+    rundir: RunFolder,
+    *,
+    options: QemuOptions,
+    uri_of: Callable[[str], str],
+    on_lost: OnLost,
+    on_released: Callable[[bool], None],
+    record: Unfinished,
+    check: Callable[[], Awaitable[object]],
+) -> AsyncIterator[QemuPointInTime]:
+    """Go on at the point in time of a run that died: as `freeze`, with what that one made.
+
+    `record` is what it left. `check` raises where not all of it is there, and is called when whatever happens
+    from then on is told; then nothing was touched.
+    """
+    frozen = await whole(QemuPointInTime, monitor, names, plans, rundir, options, on_lost)
+    unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
+    try:
+        await check()
+        await check_present(monitor)
+    finally:
+        # The next one listens before it does anything else.
+        unsubscribe()
+    attach = partial(frozen._attach, uri_of, record)  # noqa: SLF001
+    async with _held(frozen, monitor, attach, on_released):
+        yield frozen
+
+
+@contextlib.asynccontextmanager
+async def _held(
+    frozen: QemuPointInTime,
+    monitor: Monitor,
+    make: Callable[[], Awaitable[None]],
+    on_released: Callable[[bool], None],
+) -> AsyncIterator[None]:
     unsubscribe = monitor.on_event(frozen._on_event)  # noqa: SLF001
     watcher = None
     try:
         try:
             # To its end, also when cancelled: what QEMU was told to make must be known to be removed.
-            await finished(frozen._build(uri_of))  # noqa: SLF001
+            await finished(make())
         except BaseException:
             await frozen.release()
             on_released(frozen.gone)
@@ -640,7 +769,7 @@ async def freeze(
             raise
         watcher = asyncio.create_task(frozen._guard.watch(), name="scratch-space")  # noqa: SLF001
         try:
-            yield frozen
+            yield
         finally:
             watcher.cancel()
             await frozen.release()

@@ -24,7 +24,7 @@ from nbdpull.source.place import HERE, Place
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.rundir import FoundRun
 
-__all__ = ["sweep", "sweep_dry"]
+__all__ = ["runs_of_chain", "sweep", "sweep_dry"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class _Found:
     bitmaps: list[tuple[str, str]]  # (node, name), exported ones
     checkpoints: list[tuple[str, str]]  # (node, name), those of ours
     lives: Mapping[str, Life]
-    foreign_exports: int
+    nbd_exports: list[str]  # all there are, whoever made them
 
     @classmethod
     async def read(cls, monitor: Monitor) -> _Found:
@@ -66,9 +66,7 @@ class _Found:
             bitmaps=[pair for pair in bitmaps if run_of(pair[1])],
             checkpoints=[pair for pair in bitmaps if checkpoint_parts(pair[1])],
             lives={**lives_before, **await lives(monitor)},
-            foreign_exports=sum(
-                1 for entry in exports if entry["type"] == "nbd" and not run_of(entry["id"])
-            ),
+            nbd_exports=[entry["id"] for entry in exports if entry["type"] == "nbd"],
         )
 
     def runs(self) -> set[str]:
@@ -95,6 +93,7 @@ async def sweep(
     scratch: str | None = None,
     force: bool = False,
     committed: Committed = lambda _chain, _backup: False,
+    spare: str | None = None,
 ) -> Swept:
     """Remove what runs that are no more left in this QEMU.
 
@@ -105,23 +104,47 @@ async def sweep(
         force: take away runs that still live, too.
         committed: whether a checkpoint, by its chain's and its backup's id, belongs to a backup that is
             (or may be) durable: it is kept although its run never confirmed it, a sound base.
+        spare: a run that somebody goes on with.
 
     Raises:
         MonitorError: the session broke; run it again.
     """
     swept = Swept()
     found = await _Found.read(monitor)
-    async for run, folder in _runs(monitor, found, place, scratch):
-        live = _live(monitor, found, run, folder)
+    runs = [one async for one in _runs(monitor, found, place, scratch) if one[0] != spare]
+    lives_yet = {run: _live(monitor, found, run, folder) for run, folder in runs}
+    spared = {spare, *(run for run, live in lives_yet.items() if live is not None and not force)}
+    for run, folder in runs:
+        live = lives_yet[run]
         if live is not None and not force:
             swept.live.append(live)
             swept.kept.append(
                 f"run {run}: {live.who} still works on it (end it first, or use --force)"
             )
             continue
-        sweeper = _Sweeper(monitor=monitor, run=run, found=found, folder=folder, swept=swept)
+        sweeper = _Sweeper(
+            monitor=monitor, run=run, found=found, folder=folder, swept=swept, spared=spared
+        )
         await sweeper.go(committed)
     return swept
+
+
+async def runs_of_chain(
+    monitor: Monitor, chain: str, *, place: Place = HERE, scratch: str | None = None
+) -> tuple[list[LiveRun], list[tuple[str, FoundRun | None]]]:
+    """The runs of one chain in this QEMU: those that live, and those that died, with their folders."""
+    found = await _Found.read(monitor)
+    alive: list[LiveRun] = []
+    dead: list[tuple[str, FoundRun | None]] = []
+    async for run, folder in _runs(monitor, found, place, scratch):
+        if chain != ((folder.chain if folder is not None else None) or found.chain(run)):
+            continue
+        live = _live(monitor, found, run, folder)
+        if live is not None:
+            alive.append(live)
+        else:
+            dead.append((run, folder))
+    return alive, dead
 
 
 async def sweep_dry(monitor: Monitor, *, place: Place = HERE, scratch: str | None = None) -> Swept:
@@ -201,6 +224,7 @@ class _Sweeper:
     found: _Found
     folder: FoundRun | None
     swept: Swept
+    spared: set[str | None]
 
     def mine(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if run_of(name) == self.run]
@@ -276,7 +300,13 @@ class _Sweeper:
         said = life is not None and life.server and bool(self.mine(self.found.exports))
         if not said and (self.folder is None or not self.folder.server):
             return
-        if not self.found.foreign_exports:
+        # Of nobody, or of a run that goes on.
+        theirs = [
+            name
+            for name in self.found.nbd_exports
+            if run_of(name) is None or run_of(name) in self.spared
+        ]
+        if not theirs:
             problem = await _try(self.monitor, "nbd-server-stop", {})
             if problem is None:
                 self.swept.removed.append(f"NBD server of run {self.run}")

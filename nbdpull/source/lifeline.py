@@ -15,6 +15,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,11 +105,24 @@ class Lifeline:
                 " or as root (AppArmor or SELinux may forbid it, too: then choose a folder that QEMU"
                 " may use with --scratch)"
             ) from exc
+        await self._connect(path, reached_at)
+
+    async def tie_again(self, path: str, reached_at: str) -> None:
+        """Connect to the one that a run left which died, and wait until QEMU sees it.
+
+        Raises:
+            SourceError: it can't be reached.
+        """
+        if can_tell(self._monitor):
+            await self._connect(path, reached_at)
+            self._made = True
+
+    async def _connect(self, path: str, reached_at: str) -> None:
         try:
             self._socket.setblocking(False)  # noqa: FBT003 - its only argument
             async with asyncio.timeout(_WAIT_S):
                 await asyncio.get_running_loop().sock_connect(self._socket, reached_at)
-                await self._until_seen()
+                await self._until_seen(alive=True)
         except (OSError, TimeoutError) as exc:
             why = exc.strerror or "no answer"
             raise SourceError(
@@ -116,12 +130,20 @@ class Lifeline:
                 " for QEMU and nbdpull (containers?): choose one with --scratch"
             ) from exc
 
-    async def _until_seen(self) -> None:
+    async def _until_seen(self, *, alive: bool) -> None:
         while True:
             found = await lives(self._monitor)
-            if any(life.name == self._name and life.alive for life in found.values()):
+            if any(life.name == self._name and life.alive for life in found.values()) is alive:
                 return
             await asyncio.sleep(_POLL_S)
+
+    async def drop(self) -> None:
+        """Let it go without taking it away, as if this process had died. Never raises."""
+        self._made = False
+        self._socket.close()
+        with suppress(Error, TimeoutError):
+            async with asyncio.timeout(_WAIT_S):
+                await self._until_seen(alive=False)
 
     async def cut(self) -> None:
         """Take it away: from here on the run is over. Never raises; a second call does nothing."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from nbdpull.errors import MonitorError
+from nbdpull.source.journal import Journal
 from nbdpull.source.rundir import FoundRun, RunDir, find_run, find_runs
+from nbdpull.source.unfinished import Unfinished
 
 __all__ = ["HERE", "Place", "RunFolder"]
 
@@ -31,8 +33,11 @@ class RunFolder(Protocol):
     def let_go(self) -> None: ...  # noqa: D102
     def mark_server(self) -> None: ...  # noqa: D102
     def mark_paused(self, *, paused: bool) -> None: ...  # noqa: D102
+    def keep_record(self, record: Unfinished) -> bool: ...  # noqa: D102
+    def journal(self, backup: str) -> Journal | None: ...  # noqa: D102
     def keep(self) -> None: ...  # noqa: D102
     def remove_scratch(self) -> None: ...  # noqa: D102
+    def leave(self) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
@@ -53,6 +58,9 @@ class Place(Protocol):
 
         `sizes` are the bytes of the scratch images that will be made in it, by number.
         """
+
+    def take_over(self, path: Path, *, source: str, chain: str) -> RunFolder:
+        """Go on with the folder of a run that died, as `RunDir.take_over` does."""
 
     def find(self, path: Path) -> FoundRun | None:
         """What is known of the run whose folder is `path`; see `find_run`."""
@@ -81,6 +89,9 @@ class _Here:
         sizes: Sequence[int],  # noqa: ARG002 - made one by one
     ) -> RunDir:
         return RunDir.create(parent, run, source=source, chain=chain, owner=owner)
+
+    def take_over(self, path: Path, *, source: str, chain: str) -> RunDir:
+        return RunDir.take_over(path, source=source, chain=chain)
 
     def find(self, path: Path) -> FoundRun | None:
         return find_run(path)

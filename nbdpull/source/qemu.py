@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
 
-from nbdpull.errors import PointInTimeLostError
+from nbdpull.errors import Error, InUseError, MonitorError, PointInTimeLostError, SourceError
 from nbdpull.model.results import Finding
 from nbdpull.nbdio.connection import is_unix, socket_of, unix_uri, with_export, with_socket
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (
+    CannotGoOnError,
     Committed,
     DiskPlan,
     OnLost,
@@ -22,7 +25,14 @@ from nbdpull.source.base import (
 )
 from nbdpull.source.checkup import examine
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
-from nbdpull.source.fleecing import QemuOptions, QemuPlan, QemuPointInTime, freeze
+from nbdpull.source.fleecing import (
+    QemuOptions,
+    QemuPlan,
+    QemuPointInTime,
+    freeze,
+    resume,
+    server_of,
+)
 from nbdpull.source.leftovers import sweep
 from nbdpull.source.lifeline import Lifeline
 from nbdpull.source.machine import describe
@@ -30,6 +40,9 @@ from nbdpull.source.names import RunNames
 from nbdpull.source.place import HERE, Place, RunFolder
 from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
+from nbdpull.source.rundir import FoundRun
+from nbdpull.source.takeover import check_whole, find_unfinished
+from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
 
 __all__ = ["QemuSource", "vm_name"]
@@ -74,6 +87,7 @@ class QemuSource:
         self._disks: dict[str, QemuDisk] = {}
         self._rundirs: list[RunFolder] = []
         self._lifelines: list[Lifeline] = []
+        self._unfinished: FoundRun | None = None
 
     async def vm_name(self) -> tuple[str, str | None]:
         """See `Source.vm_name`."""
@@ -87,6 +101,38 @@ class QemuSource:
             scratch=self._options.scratch,
             committed=committed,
             force=force,
+        )
+
+    async def unfinished(self, chain: str) -> Unfinished | None:
+        """See `Resumable.unfinished`."""
+        found = await find_unfinished(
+            self._monitor, chain, place=self._place, scratch=self._options.scratch
+        )
+        if found is None:
+            return None
+        self._unfinished, record = found
+        if record.trims or self._options.trim_scratch:
+            raise CannotGoOnError("with --trim-scratch what was read is gone from the scratch")
+        if record.guest_first is not self._options.guest_first:
+            raise CannotGoOnError("only one of the two is with --guest-first")
+        if record.server != server_of(self._options):
+            raise CannotGoOnError("its exports are reached in another way (--nbd-address, --tls)")
+        if self._options.nbd_address is not None and self._options.tls is not None:
+            raise CannotGoOnError(
+                "with --nbd-address and --tls nothing tells who started the server"
+            )
+        if self._options.quiesce and record.quiesced is None:
+            raise CannotGoOnError("its point in time is not quiesced, and --quiesce is asked for")
+        return record
+
+    async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
+        """See `Resumable.sweep_others`."""
+        return await sweep(
+            self._monitor,
+            place=self._place,
+            scratch=self._options.scratch,
+            committed=committed,
+            spare=spared.run,
         )
 
     async def disks(self, *, include: Sequence[str], exclude: Sequence[str]) -> Sequence[QemuDisk]:
@@ -139,42 +185,142 @@ class QemuSource:
         lifeline = Lifeline(monitor, RunNames(info.run).life(info.chain, server=server))
         self._lifelines.append(lifeline)
         await finished(lifeline.tie(rundir.life, life))
-        nbd_socket = await self._place.reach(rundir.socket) if server else ""
-        nbd_address = await self._reach_server()
-        qemu_plans = [
-            QemuPlan(disk=self._disks[plan.disk.name], base=plan.base, checkpoint=plan.checkpoint)
-            for plan in plans
+        freezing = freeze(
+            monitor,
+            RunNames(info.run),
+            [
+                QemuPlan(
+                    disk=self._disks[plan.disk.name], base=plan.base, checkpoint=plan.checkpoint
+                )
+                for plan in plans
+            ],
+            rundir,
+            options=self._options,
+            uri_of=await self._uris(rundir),
+            on_lost=on_lost,
+            on_released=partial(_released, rundir),
+        )
+        try:
+            async with self._watched(freezing) as frozen:
+                yield frozen
+        finally:
+            await whole(rundir.remove_scratch)
+
+    @asynccontextmanager
+    async def resume(
+        self, record: Unfinished, plans: Sequence[DiskPlan], on_lost: OnLost
+    ) -> AsyncIterator[QemuPointInTime]:
+        """See `Resumable.resume`."""
+        folder = self._unfinished
+        if folder is None:
+            raise CannotGoOnError("its scratch folder was not looked for")
+        qemu_plans = await self._plans_of(record, plans, folder.path)
+        rundir, lifeline = await self._take_over(record, folder.path)
+
+        async def check() -> None:
+            await self._plans_of(record, plans, folder.path)
+
+        holding = False
+        try:
+            resuming = resume(
+                self._monitor,
+                RunNames(record.run),
+                qemu_plans,
+                rundir,
+                options=self._options,
+                uri_of=await self._uris(rundir),
+                on_lost=on_lost,
+                on_released=partial(_released, rundir),
+                record=record,
+                check=check,
+            )
+            async with self._watched(resuming) as frozen:
+                holding = True
+                yield frozen
+        except BaseException as exc:
+            if not holding:
+                await self._let_go(rundir, lifeline)
+                if isinstance(exc, Error) and not isinstance(exc, MonitorError):
+                    raise CannotGoOnError(str(exc)) from exc
+            raise
+        finally:
+            if holding:
+                await whole(rundir.remove_scratch)
+
+    async def _let_go(self, rundir: RunFolder, lifeline: Lifeline) -> None:
+        """Leave a run that could not be gone on with as dead as it was found: it will be swept."""
+        self._rundirs.remove(rundir)
+        self._lifelines.remove(lifeline)
+        await finished(lifeline.drop())
+        await whole(rundir.leave)
+
+    async def _plans_of(
+        self, record: Unfinished, plans: Sequence[DiskPlan], folder: Path
+    ) -> list[QemuPlan]:
+        """The plans with the disks as they are now, once everything is seen to be as that run left it."""
+        found = {disk.name: disk for disk in (await find_disks(self._monitor))[0]}
+        now = [found.get(told.name) for told in record.disks]
+        disks = [disk for disk in now if disk is not None]
+        if len(disks) < len(now) or [disk.size for disk in disks] != [
+            told.size for told in record.disks
+        ]:
+            raise CannotGoOnError("a disk is gone, or has another size now")
+        whole_disks = await check_whole(self._monitor, record, disks, folder)
+        return [
+            QemuPlan(disk=disk, base=plan.base, checkpoint=plan.checkpoint)
+            for disk, plan in zip(whole_disks, plans, strict=True)
         ]
 
-        def released(gone: bool) -> None:  # noqa: FBT001 - a callback's one argument
-            # QEMU may still write to scratch that it was not seen to let go; 'cleanup' finds the folder.
-            if not gone:
-                rundir.keep()
+    async def _take_over(self, record: Unfinished, path: Path) -> tuple[RunFolder, Lifeline]:
+        """The folder and the lifeline of a run that died, as this process's own."""
+        there = self._monitor.address.there
+
+        def take() -> RunFolder:
+            taken = self._place.take_over(path, source=there, chain=record.chain)
+            self._rundirs.append(taken)
+            return taken
+
+        try:
+            rundir = await whole(take)
+        except (InUseError, SourceError) as exc:
+            raise CannotGoOnError(str(exc)) from exc
+        name = RunNames(record.run).life(record.chain, server=self._options.nbd_address is None)
+        lifeline = Lifeline(self._monitor, name)
+        self._lifelines.append(lifeline)
+        try:
+            life = await self._place.reach(rundir.life)
+            await finished(lifeline.tie_again(rundir.life, life))
+        except BaseException as exc:
+            await self._let_go(rundir, lifeline)
+            if isinstance(exc, SourceError):
+                raise CannotGoOnError(str(exc)) from exc
+            raise
+        return rundir, lifeline
+
+    async def _uris(self, rundir: RunFolder) -> Callable[[str], str]:
+        """How exports are reached."""
+        server = self._options.nbd_address is None
+        nbd_socket = await self._place.reach(rundir.socket) if server else ""
+        nbd_address = await self._reach_server()
+        tls = self._options.tls
 
         def uri_of(export: str) -> str:
-            tls = self._options.tls
             if nbd_address is None:
                 return unix_uri(nbd_socket, export)
             return with_export(nbd_address if tls is None else with_tls(nbd_address, tls), export)
 
-        try:
-            async with freeze(
-                monitor,
-                RunNames(info.run),
-                qemu_plans,
-                rundir,
-                options=self._options,
-                uri_of=uri_of,
-                on_lost=on_lost,
-                on_released=released,
-            ) as frozen:
-                watcher = asyncio.create_task(self._watch(frozen), name="host")
-                try:
-                    yield frozen
-                finally:
-                    watcher.cancel()
-        finally:
-            await whole(rundir.remove_scratch)
+        return uri_of
+
+    @asynccontextmanager
+    async def _watched(
+        self, making: AbstractAsyncContextManager[QemuPointInTime]
+    ) -> AsyncIterator[QemuPointInTime]:
+        async with making as frozen:
+            watcher = asyncio.create_task(self._watch(frozen), name="host")
+            try:
+                yield frozen
+            finally:
+                watcher.cancel()
 
     async def _reach_server(self) -> str | None:
         """The address of a server that QEMU runs already, as it is reached from here."""
@@ -187,6 +333,10 @@ class QemuSource:
     async def _watch(self, frozen: QemuPointInTime) -> None:
         frozen.lose(PointInTimeLostError(str(await self._place.lost())))
 
+    async def end_runs(self) -> None:
+        """See `Resumable.end_runs`."""
+        await self.close()
+
     async def close(self) -> None:
         """Let the run's lifeline, folder and lock go.
 
@@ -196,7 +346,13 @@ class QemuSource:
         await finished(self._close())
 
     async def _close(self) -> None:
-        for lifeline in self._lifelines:
-            await lifeline.cut()
-        for rundir in self._rundirs:
-            await asyncio.to_thread(rundir.close)
+        while self._lifelines:
+            await self._lifelines.pop().cut()
+        while self._rundirs:
+            await asyncio.to_thread(self._rundirs.pop().close)
+
+
+def _released(rundir: RunFolder, gone: bool) -> None:  # noqa: FBT001 - a callback's one argument
+    # QEMU may still write to scratch that it was not seen to let go; 'cleanup' finds the folder.
+    if not gone:
+        rundir.keep()

@@ -6,6 +6,8 @@ nbdpull-<run>/
     paused        there only while this run has paused the guest (mode C's few milliseconds)
     disk<n>.raw   scratch, sparse (through libvirt: disk<n>.qcow2)
     held          room that is held back, see `scratch`
+    resume        once the view stands: what another process needs to go on at it, see `unfinished`
+    journal       what of it is read, see `journal`
     server        there when this run started an NBD server that listens elsewhere
     life          made by QEMU; see `lifeline`
     nbd.sock      made by QEMU; there as long as the server that this run started
@@ -16,18 +18,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdpull.errors import SourceError, UsageError
+from nbdpull.errors import InUseError, SourceError, UsageError
+from nbdpull.source.journal import Journal
+from nbdpull.source.unfinished import RECORD_MAX, Unfinished
 
 __all__ = ["SOCKET_PATH_MAX", "FoundRun", "RunDir", "find_run", "find_runs"]
 
@@ -37,6 +43,9 @@ SOCKET_PATH_MAX: Final = 107
 
 _RUN_JSON_MAX: Final = 64 * 1024
 _PACE_S: Final = 0.05
+_LOOKS: Final = 20
+
+log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -105,6 +114,82 @@ class RunDir:
                 f"{refused}: {exc.strerror}; choose a writable folder with --scratch"
             ) from exc
         return made
+
+    @classmethod
+    def take_over(cls, path: Path, *, source: str, chain: str) -> RunDir:
+        """Lock the folder of a run that died, and go on with it.
+
+        Raises:
+            InUseError: somebody holds it.
+            SourceError: it is no more, or is not ours.
+        """
+        try:
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as exc:
+            raise SourceError(f"scratch folder {path} can't be taken over: {exc.strerror}") from exc
+        taken = cls(path, lock)
+        try:
+            taken._lock_again(source, chain)
+        except BaseException:
+            os.close(lock)
+            raise
+        return taken
+
+    def _lock_again(self, source: str, chain: str) -> None:
+        for attempt in range(_LOOKS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                # Whoever looks whether it lives holds the lock for that moment.
+                if attempt == _LOOKS - 1:
+                    raise InUseError(
+                        f"scratch folder {self.path} is held by another process"
+                    ) from exc
+                time.sleep(_PACE_S)
+        try:
+            held, named = os.fstat(self._lock), (self.path / "lock").lstat()
+            if held.st_uid not in {0, os.geteuid()} or (held.st_dev, held.st_ino) != (
+                named.st_dev,
+                named.st_ino,
+            ):
+                raise SourceError(f"scratch folder {self.path} is not ours, or was just removed")
+            self._describe(source, chain)
+            self.let_go()
+        except OSError as exc:
+            raise SourceError(
+                f"scratch folder {self.path} can't be taken over: {exc.strerror}"
+            ) from exc
+
+    def _describe(self, source: str, chain: str) -> None:
+        """Say whose it is now: the old words stay until the new ones are there."""
+        with suppress(FileNotFoundError):
+            (self.path / "run.new").unlink()
+        with os.fdopen(self._make("run.new"), "w") as file:
+            json.dump({"source": source, "chain": chain, "pid": os.getpid()}, file)
+        (self.path / "run.new").rename(self.path / "run.json")
+
+    def keep_record(self, record: Unfinished) -> bool:
+        """Leave on record what another process needs to go on; False, and never an error, where it can't be."""
+        try:
+            with os.fdopen(self._make("resume"), "wb") as file:
+                file.write(record.encode())
+        except OSError as exc:
+            log.debug("nobody could go on with this run: %s", exc)
+            return False
+        return True
+
+    def journal(self, backup: str) -> Journal | None:
+        """The run's journal, made where there is none yet; None where that can't be."""
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(self.path / "journal", flags, 0o600)
+            if _is_ours(fd):
+                return Journal(fd, backup)
+            os.close(fd)
+        except OSError as exc:
+            log.debug("what is read is not noted: %s", exc)
+        return None
 
     def _make(self, name: str) -> int:
         """A new, empty file in the folder, open for writing.
@@ -202,6 +287,11 @@ class RunDir:
             with suppress(OSError):
                 file.unlink()
 
+    def leave(self) -> None:
+        """Let the lock go and nothing else, as if this run had died; never raises."""
+        with suppress(OSError):
+            os.close(self._lock)
+
     def close(self) -> None:
         """Remove the folder, unless it is kept, and let the lock go; never raises."""
         if not self._keep:
@@ -231,6 +321,40 @@ class FoundRun:
     def remove(self) -> None:
         """Remove what is left of it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def record(self) -> Unfinished:
+        """What it left on record for whoever goes on with it.
+
+        Raises:
+            ValueError: nothing that can be believed; the message says why.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            with os.fdopen(os.open(self.path / "resume", flags), "rb") as file:
+                if not _is_ours(file.fileno()):
+                    raise ValueError("its record is not a file of ours")
+                found = Unfinished.decode(file.read(RECORD_MAX + 1))
+        except FileNotFoundError:
+            raise ValueError("it had not come to reading") from None
+        except OSError as exc:
+            raise ValueError(f"its record can't be read: {exc.strerror}") from exc
+        if self.path.name != f"nbdpull-{found.run}":
+            raise ValueError("its record is of another run")
+        return found
+
+
+def _is_ours(fd: int) -> bool:
+    """Whether an open file of the folder was made by this user or root, and has this name only.
+
+    QEMU's user may own the folder: it can take files away there, and bring its own.
+    """
+    found = os.fstat(fd)
+    return (
+        stat.S_ISREG(found.st_mode)
+        and found.st_uid in {0, os.geteuid()}
+        and found.st_nlink == 1
+        and not found.st_mode & 0o022
+    )
 
 
 def find_run(path: Path) -> FoundRun | None:

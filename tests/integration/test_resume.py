@@ -1,11 +1,14 @@
-"""What a backup does with the work of one that died, and without a parent that goes meanwhile."""
+"""A client that died: the next backup goes on at its point in time, if QEMU holds it, and reads only the rest."""
 
 from __future__ import annotations
 
-import random
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +16,294 @@ import pytest
 
 import nbdpull
 from nbdpull import Level
-from nbdpull.repo.repository import Repository, Session
 from tests.integration.conftest import Keeper
-from tests.support.disk import MIB, compare, create_disk
-from tests.support.tools import QemuTools
-from tests.support.vm import Vm
+from tests.integration.test_kills import noisy, running_backup
+from tests.support.bootwriter import BootWriter
+from tests.support.disk import MIB, Disk, compare
+from tests.support.process import run
+from tests.support.tools import QEMU_72, QemuTools
+from tests.support.vm import StorageDaemon, Vm
+
+NOISE = 96 * MIB
+SLOWLY = ("--rate", "96M")
+MODES = pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
 
 
-def test_what_a_killed_client_stored_is_not_stored_again(
-    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path
+@pytest.fixture
+def disks(tmp_path: Path, qemu_tools: QemuTools) -> list[Disk]:
+    return noisy(tmp_path, qemu_tools, noise=NOISE, size=384 * MIB)
+
+
+def packs(keeper: Keeper) -> int:
+    """Of the repository."""
+    return sum(1 for path in (Path(keeper.repository) / "d").rglob("*") if path.is_file())
+
+
+def kill_in_the_middle(
+    vm: Vm | StorageDaemon, keeper: Keeper, *options: str, stored: int = 3
 ) -> None:
-    disk = create_disk(tmp_path, "vda", format="raw", tools=qemu_tools)
-    with disk.path.open("r+b") as file:
-        file.write(random.Random(3).randbytes(48 * MIB))
-    said: list[str] = []
-    with Vm([disk], tools=qemu_tools) as vm:
-        arguments = ["backup", vm.uri, "-r", keeper.repository, "--rate", "16M"]
-        arguments += ["--scratch", str(keeper.scratch)]
-        client = subprocess.Popen(
-            [sys.executable, "-m", "nbdpull", *arguments, "--json"], stdout=subprocess.DEVNULL
-        )
-        packs = Path(keeper.repository) / "d"
-        while not list(packs.glob("*/*[0-9a-f]")):
+    """Kill a client that has made some packs durable."""
+    there = packs(keeper)
+    with running_backup(vm, keeper, *SLOWLY, *options) as client:
+        deadline = time.monotonic() + 120
+        while packs(keeper) < there + stored:
             assert client.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        client.kill()
+        client.send_signal(signal.SIGKILL)
         client.wait()
-        vm.qemu_io("vda", "write -q -P 5 3M 64k")
-
-        def tell(progress: nbdpull.Progress) -> None:
-            said.append(progress.text or "")
-
-        result = keeper.backup(vm.uri, progress=tell)
-        vm.qemu_io("vda", "flush")
-        compare(keeper.restore(result.backup)["vda"], disk.path, tools=qemu_tools)
-    (info,) = result.disks
-    assert info.reused_bytes > 25 * MIB
-    assert info.stored_bytes < 22 * MIB
-    assert any("did not come to its end stored" in text for text in said)
-    nbdpull.gc(keeper.repository, undo_window_s=0)
-    report = nbdpull.verify(keeper.repository, level="full")
-    assert report.ok
 
 
-def test_a_parent_that_is_given_up_after_the_freeze_makes_it_a_full(
-    qemu_tools: QemuTools, keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def frozen_truth(vm: Vm, folder: Path) -> Iterator[dict[str, Path]]:
+    """What the disks hold while nothing is written: as long as the body runs."""
+    with vm.halted():
+        truth = vm.copy_disks(folder)
+        yield truth
+
+
+def read_bytes(result: nbdpull.BackupResult) -> int:
+    return sum(disk.read_bytes for disk in result.disks)
+
+
+def options_of(mode: tuple[str, ...]) -> dict[str, Any]:
+    return {"guest_first": bool(mode)}
+
+
+def check(
+    keeper: Keeper, result: nbdpull.BackupResult, truth: dict[str, Path], tools: QemuTools
 ) -> None:
-    disk = create_disk(tmp_path, "vda", tools=qemu_tools)
-    real = Repository.begin
+    restored = keeper.restore(result.backup)
+    assert restored.keys() == truth.keys()
+    for name, path in restored.items():
+        compare(path, truth[name], tools=tools)
 
-    def begin(self: Repository, **options: Any) -> Session:
-        if (parent := options["parent"]) is not None:
-            pin = f"{parent.summary.disk_id}/{parent.summary.session}"
-            self._store.create(f"t/{pin}", b"")
-        return real(self, **options)
 
-    with Vm([disk], tools=qemu_tools) as vm:
-        vm.qemu_io("vda", "write -q -P 1 1M 2M")
-        first = keeper.backup(vm.uri)
-        vm.qemu_io("vda", "write -q -P 2 2M 64k")
-        monkeypatch.setattr(Repository, "begin", begin)
-        second = keeper.backup(vm.uri)
-        monkeypatch.undo()
-        nbdpull.gc(keeper.repository, undo_window_s=0)
-        vm.qemu_io("vda", "flush")
-        compare(
-            keeper.restore(second.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
+@MODES
+def test_what_a_killed_client_began_is_finished_at_its_point_in_time(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    disks: list[Disk],
+    tmp_path: Path,
+    mode: tuple[str, ...],
+) -> None:
+    options = options_of(mode)
+    told: list[str] = []
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        vm.wait_written(5)
+        with frozen_truth(vm, tmp_path / "full") as truth:
+            kill_in_the_middle(vm, keeper, *mode)
+            killed = time.time()
+        vm.wait_written(10)
+        result = keeper.backup(
+            vm.uri, progress=lambda event: told.append(event.text or ""), **options
         )
-        # And the chain goes on from it.
-        vm.qemu_io("vda", "write -q -P 3 4M 64k")
-        third = keeper.backup(vm.uri)
-        vm.qemu_io("vda", "flush")
-        compare(
-            keeper.restore(third.backup)["vda"], disk.path, other_format="qcow2", tools=qemu_tools
-        )
+        assert result.resumed
+        assert result.time < killed
+        assert any("goes on with the backup of" in text for text in told)
+        assert 0 < read_bytes(result) < 2 * NOISE - 64 * MIB
+        check(keeper, result, truth, qemu_tools)
         assert not any(vm.leftovers().values())
-    assert second.level is Level.FULL
-    assert "is being forgotten" in second.disks[0].reason
-    assert second.parent is None
-    assert third.level is Level.INCREMENTAL
-    assert third.parent == second.backup
-    assert first.backup not in {one.backup for one in nbdpull.list_backups(keeper.repository)}
+        assert list(keeper.scratch.iterdir()) == []
+
+        # What was written since is in the next one, which is cut short, too.
+        noise = tmp_path / "noise"
+        noise.write_bytes(os.urandom(5 * MIB))
+        for disk in disks:
+            for place in range(300, 350, 5):
+                vm.qemu_io(disk.name, f"write -q -s {noise} {place * MIB} {5 * MIB}")
+        with frozen_truth(vm, tmp_path / "incremental") as truth:
+            kill_in_the_middle(vm, keeper, *mode, stored=2)
+        vm.wait_written(10)
+        result = keeper.backup(vm.uri, **options)
+        assert result.resumed
+        assert [disk.level for disk in result.disks] == [Level.INCREMENTAL] * 2
+        assert 0 < read_bytes(result) < 2 * 50 * MIB
+        check(keeper, result, truth, qemu_tools)
+        with frozen_truth(vm, tmp_path / "last") as truth:
+            last = keeper.backup(vm.uri, **options)
+        assert not last.resumed
+        assert [disk.level for disk in last.disks] == [Level.INCREMENTAL] * 2
+        assert last.parent == result.backup
+        check(keeper, last, truth, qemu_tools)
+        assert all(len(vm.bitmaps(disk.name)) <= 2 for disk in disks)
+    assert nbdpull.verify(keeper.repository).damaged == ()
+
+
+def test_a_run_that_goes_on_and_is_killed_is_gone_on_with(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        vm.wait_written(5)
+        with frozen_truth(vm, tmp_path / "truth") as truth:
+            kill_in_the_middle(vm, keeper, stored=2)
+        vm.wait_written(5)
+        kill_in_the_middle(vm, keeper, stored=2)
+        vm.wait_written(5)
+        result = keeper.backup(vm.uri)
+        assert result.resumed
+        # Both had made two packs durable.
+        assert 0 < read_bytes(result) < 2 * NOISE - 96 * MIB
+        check(keeper, result, truth, qemu_tools)
+        with frozen_truth(vm, tmp_path / "next") as truth:
+            check(keeper, keeper.backup(vm.uri), truth, qemu_tools)
+
+
+def swept(
+    vm: Vm, keeper: Keeper, truth_folder: Path, tools: QemuTools, **options: Any
+) -> tuple[nbdpull.BackupResult, str]:
+    """A backup that must take a new point in time, and what it says about the old one."""
+    told: list[str] = []
+    with frozen_truth(vm, truth_folder) as truth:
+        result = keeper.backup(
+            vm.uri, progress=lambda event: told.append(event.text or ""), **options
+        )
+    assert not result.resumed
+    assert not any(vm.leftovers().values())
+    check(keeper, result, {disk.name: truth[disk.name] for disk in result.disks}, tools)
+    assert all(len(vm.bitmaps(disk.name)) <= 1 for disk in vm.disks)
+    return result, next(text for text in told if "can't be gone on with" in text)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"resume_within_s": 0}, "--resume-within"),
+        ({"level": "copy"}, "copy is asked for"),
+        ({"exclude": ["vdb"]}, "other disks"),
+        ({"guest_first": True}, "--guest-first"),
+        ({"trim_scratch": True}, "--trim-scratch"),
+        ({"machine": True}, "as old as its disks"),
+    ],
+)
+def test_a_point_in_time_that_is_not_what_is_asked_for_is_swept_and_the_reason_told(
+    keeper: Keeper, disks: list[Disk], tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    with Vm(disks, tools=QEMU_72, writer=BootWriter()) as vm:
+        kill_in_the_middle(vm, keeper, stored=1)
+        _, told = swept(vm, keeper, tmp_path / "truth", QEMU_72, **options)
+        assert reason in told
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("restart", "no more"),
+        ("export", "the export of disk 'vdb' is gone"),
+        ("job", "no more"),
+        ("record", "damaged"),
+    ],
+)
+def test_a_point_in_time_that_is_not_whole_is_swept_and_the_reason_told(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    disks: list[Disk],
+    tmp_path: Path,
+    how: str,
+    reason: str,
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        kill_in_the_middle(vm, keeper, stored=1)
+        (folder,) = keeper.scratch.glob("nbdpull-*")
+        name = f"np-{folder.name.removeprefix('nbdpull-')}"
+        if how == "restart":
+            vm.kill()
+            vm.restart()
+            vm.wait_written(5)
+        elif how == "export":
+            vm.qmp("block-export-del", id=f"{name}-e1")
+        elif how == "job":
+            # As an administrator may, in the right order.
+            since = len(vm.events)
+            vm.qmp("block-export-del", id=f"{name}-e0")
+            vm.wait_event("BLOCK_EXPORT_DELETED", since=since)
+            vm.qmp("blockdev-del", node_name=f"{name}-acc0")
+            vm.qmp("job-cancel", id=f"{name}-bk0")
+        else:
+            raw = bytearray((folder / "resume").read_bytes())
+            raw[-10] ^= 1
+            (folder / "resume").write_bytes(raw)
+        _, told = swept(vm, keeper, tmp_path / "truth", qemu_tools)
+        assert reason in told
+
+
+def test_a_scratch_that_failed_meanwhile_leads_to_a_new_point_in_time(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    """Guest first, a write that finds no room breaks the view, and nothing tells of it but reading it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small])
+    try:
+        told: list[str] = []
+        with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+            kill_in_the_middle(vm, keeper, "--scratch", str(small), "--guest-first", stored=1)
+            vm.qemu_io("vda", f"write -q -P 5 {40 * MIB} {60 * MIB}")
+            with frozen_truth(vm, tmp_path / "truth") as truth:
+                result = nbdpull.backup(
+                    vm.uri,
+                    keeper.repository,
+                    scratch=small,
+                    guest_first=True,
+                    progress=lambda event: told.append(event.text or ""),
+                )
+            assert not result.resumed
+            assert any("can't be" in text for text in told), told
+            assert vm.status() == "running"
+            assert not any(vm.leftovers().values())
+            assert list(small.iterdir()) == []
+            check(keeper, result, truth, qemu_tools)
+    finally:
+        run(["umount", small])
+
+
+def test_a_storage_daemon_holds_a_point_in_time_too(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    truth = {}
+    for disk in disks:
+        truth[f"node-{disk.name}"] = tmp_path / f"{disk.name}.truth"
+        run(
+            [
+                qemu_tools.qemu_img,
+                "convert",
+                "-O",
+                "raw",
+                disk.path,
+                tmp_path / f"{disk.name}.truth",
+            ]
+        )
+    with StorageDaemon(disks, tools=qemu_tools) as daemon:
+        kill_in_the_middle(daemon, keeper, "--vm", "daemon", stored=2)
+        result = keeper.backup(daemon.uri, vm="daemon")
+        assert result.resumed
+        assert read_bytes(result) < 2 * NOISE - 48 * MIB
+        assert not any(daemon.leftovers().values())
+        check(keeper, result, truth, qemu_tools)
+
+
+def test_a_backup_that_counts_is_not_gone_on_with(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    """Killed between its commit and its confirmation."""
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        program = (
+            "import os, signal, sys, nbdpull\n"
+            "from nbdpull.source.fleecing import QemuPointInTime\n"
+            "async def die(self, obsolete): os.kill(os.getpid(), signal.SIGKILL)\n"
+            "QemuPointInTime.confirm = die\n"
+            "nbdpull.backup(sys.argv[1], sys.argv[2], scratch=sys.argv[3])\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, vm.uri, keeper.repository, str(keeper.scratch)],
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL
+        (first,) = nbdpull.list_backups(keeper.repository)
+        with frozen_truth(vm, tmp_path / "truth") as truth:
+            result = keeper.backup(vm.uri)
+        assert not result.resumed
+        assert result.parent == first.backup
+        assert [disk.level for disk in result.disks] == [Level.INCREMENTAL] * 2
+        check(keeper, result, truth, qemu_tools)

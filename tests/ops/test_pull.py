@@ -135,7 +135,7 @@ def work_of(kinds: Kinds) -> _SegmentWork:
 @given(st.lists(st.sampled_from(list(Kind)), max_size=600))
 def test_batches_hold_every_run_once_and_in_order(kinds: list[Kind]) -> None:
     work = work_of(np.array(kinds, dtype=np.uint8))
-    made = _batches(work)
+    made = _batches(work, work.kinds)
     runs = [run for batch in made for run in batch.runs]
     assert runs == frame_runs(work.kinds)
     assert work.open_batches == len(made)
@@ -143,12 +143,14 @@ def test_batches_hold_every_run_once_and_in_order(kinds: list[Kind]) -> None:
 
 
 def test_batches_are_cut_by_bytes_and_by_count() -> None:
-    whole = _batches(work_of(np.full(SEGMENT // GRAIN, Kind.DATA, dtype=np.uint8)))
+    work = work_of(np.full(SEGMENT // GRAIN, Kind.DATA, dtype=np.uint8))
+    whole = _batches(work, work.kinds)
     assert {sum(n for _, n in batch.runs) * GRAIN for batch in whole} == {4 << 20}
     kinds = np.full(SEGMENT // GRAIN, Kind.CLEAN, dtype=np.uint8)
     kinds[::2] = Kind.DATA
-    assert max(len(batch.runs) for batch in _batches(work_of(kinds))) == 64
-    assert _batches(work_of(np.full(8, Kind.ZERO, dtype=np.uint8))) == []
+    assert max(len(batch.runs) for batch in _batches(work_of(kinds), kinds)) == 64
+    zero = np.full(8, Kind.ZERO, dtype=np.uint8)
+    assert _batches(work_of(zero), zero) == []
 
 
 def test_zero_is_all_zero() -> None:

@@ -8,6 +8,9 @@ shut down, and restores it:
     halted, shut down   every disk is compared with its image by qemu-img compare
     running             both file systems are checked against the guest's own numbered records
 
+A backup may go on at the point in time of a client that was killed. Then it must be what the disks were at that moment:
+half of the clients that are killed take theirs while the guest is halted, and the disks are noted.
+
 At the end every backup that was compared is restored once more, and must hash to the same.
 """
 
@@ -21,12 +24,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import nbdpull
 from nbdpull import Level
+from nbdpull.source.rundir import find_runs
 from tests.support.disk import MIB, Disk, compare, create_disk, to_raw
 from tests.support.linuxguest import LinuxGuest, check_filesystem, create_ext4_disk
 from tests.support.process import run
@@ -78,6 +84,9 @@ class Torture:
         self.overlay: tuple[Path, str] | None = None  # on disk 'extra': its image and node
         self.compared: dict[str, dict[str, str]] = {}
         self.plugged = 0
+        # Of killed clients: what each backup's disks were, as far as that is known, and how to go on with the last.
+        self.begun: dict[str, dict[str, str]] = {}
+        self.again: dict[str, Any] = {}
 
     def run(self, rounds: int, *, seconds: float = float("inf")) -> int:
         """All rounds, or as many as fit into the time; returns how many.
@@ -230,26 +239,70 @@ class Torture:
         self.overlay = None
         self.done["snapshot committed"] += 1
 
-    def _client(self) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def _client(self) -> Iterator[subprocess.Popen[bytes]]:
+        chosen: dict[str, Any] = {
+            "chain": self.rng.choice("ab"),
+            "level": self.rng.choice(("auto", "full")),
+            "guest_first": self.rng.random() < 0.5,
+            "trim_scratch": self.rng.random() < 0.3,
+        }
         command = [sys.executable, "-m", "nbdpull", "backup", self.guest.uri]
-        command += ["-r", str(self.repository), "--chain", self.rng.choice("ab"), "--rate", "8M"]
-        command += ["--scratch", str(self.scratch), "-l", self.rng.choice(("auto", "full"))]
-        command += self.rng.choice(([], ["--guest-first"]))
-        command += self.rng.choice(([], ["--trim-scratch"]))
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command += ["-r", str(self.repository), "--chain", chosen["chain"], "--rate", "8M"]
+        command += ["--scratch", str(self.scratch), "-l", chosen["level"]]
+        command += ["--guest-first"] if chosen["guest_first"] else []
+        command += ["--trim-scratch"] if chosen["trim_scratch"] else []
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as client:
+            yield client
+            client.wait(60)
+        self.again = chosen
 
     def _end_client(self, number: signal.Signals) -> None:
         with self._client() as client:
             time.sleep(self.rng.uniform(0.1, 2.0))
             client.send_signal(number)
-            client.wait(60)
 
     def _kill_client(self) -> None:
-        self._end_client(signal.SIGKILL)
+        if self.rng.random() < 0.5:
+            self._end_client(signal.SIGKILL)
+        else:
+            self._kill_noted_client()
         self.done["client killed"] += 1
         if self.rng.random() < 0.3:
             nbdpull.cleanup(self.guest.uri, scratch=self.scratch)
             self._check_clean()
+
+    def _kill_noted_client(self) -> None:
+        """Kill a client that took its point in time while nothing was written."""
+        with self._client() as client:
+            with self.guest.halted():
+                while (record := self._record()) is None and client.poll() is None:
+                    time.sleep(0.01)
+                if record is not None:
+                    self.begun[record] = self._hashes()
+            time.sleep(self.rng.uniform(0.0, 2.0))
+            client.send_signal(signal.SIGKILL)
+
+    def _record(self) -> str | None:
+        """The backup that is under way, once its point in time stands."""
+        for found in find_runs(str(self.scratch)):
+            with suppress(ValueError):
+                if found.alive:
+                    return found.record().backup
+        return None
+
+    def _hashes(self) -> dict[str, str]:
+        """Of what each disk holds, which nothing writes to now."""
+        hashes = {}
+        for disk in self.guest.disks:
+            image, form = self._image(disk)
+            flat = self.folder / "hashed.flat"
+            run([self.tools.qemu_img, "convert", "-U", "-f", form, "-O", "raw", image, flat])
+            hashes[disk.name] = _sha256(flat)
+            flat.unlink()
+        return hashes
 
     def _cancel_client(self) -> None:
         self._end_client(signal.SIGINT)
@@ -285,25 +338,41 @@ class Torture:
         return {disk.name: Path(disk.target) for disk in done.disks}
 
     def _options(self) -> dict[str, Any]:
-        return {
+        chosen: dict[str, Any] = {
             "level": self.rng.choice(_LEVELS),
             "chain": self.rng.choice("ab"),
-            "scratch": self.scratch,
             "trim_scratch": self.guest.running and self.rng.random() < 0.5,
+            "guest_first": self.guest.running and self.rng.random() < 0.5,
         }
+        if self.guest.running and self.rng.random() < 0.7:
+            chosen |= self.again
+        return chosen | {"scratch": self.scratch}
 
     def _count(self, result: nbdpull.BackupResult, kind: str) -> None:
         self.done[f"backups {kind}"] += 1
         for disk in result.disks:
             self.done[f"disks {disk.level}"] += 1
 
+    def _check_resumed(self, result: nbdpull.BackupResult) -> None:
+        """What went on at the point in time of a killed client must be what the disks were then."""
+        restored = self._restore(result.backup)
+        first, second = (check_filesystem(restored[name], self.folder) for name in ("vda", "vdb"))
+        assert 0 <= first.records - second.records <= 1, (first, second)
+        wanted = self.begun.get(result.backup)
+        if wanted is not None:
+            assert {name: _sha256(path) for name, path in restored.items()} == wanted
+            self.compared[result.backup] = wanted
+            self.done["gone on with, compared"] += 1
+        shutil.rmtree(self.folder / result.backup)
+        self._count(result, "gone on with")
+
     def _back_up_running(self) -> None:
-        guest_first = self.rng.random() < 0.5
         before = self.guest.synced
-        result = nbdpull.backup(
-            self.guest.uri, self.repository, guest_first=guest_first, **self._options()
-        )
+        result = nbdpull.backup(self.guest.uri, self.repository, **self._options())
         self._check_clean()
+        if result.resumed:
+            self._check_resumed(result)
+            return
         self.guest.wait_synced(self.guest.synced + 1, timeout_s=_PATIENCE_S)
         restored = self._restore(result.backup)
         first, second = (check_filesystem(restored[name], self.folder) for name in ("vda", "vdb"))
@@ -313,13 +382,14 @@ class Torture:
         self._count(result, "running")
 
     def _back_up_halted(self) -> None:
-        guest_first = self.rng.random() < 0.5
         with self.guest.halted():
-            result = nbdpull.backup(
-                self.guest.uri, self.repository, guest_first=guest_first, **self._options()
-            )
-            self._compare(result)
+            result = nbdpull.backup(self.guest.uri, self.repository, **self._options())
+            if not result.resumed:
+                self._compare(result)
         self._check_clean()
+        if result.resumed:
+            self._check_resumed(result)
+            return
         self._count(result, "halted")
 
     def _back_up_off(self) -> None:
@@ -339,14 +409,17 @@ class Torture:
         assert set(restored) == {disk.name for disk in self.guest.disks}
         hashes = {}
         for disk in self.guest.disks:
-            image = disk.path
-            if disk.name == "extra" and self.overlay is not None:
-                image = self._flat_overlay(disk)
-            form = "raw" if image.suffix == ".flat" else disk.format
+            image, form = self._image(disk)
             compare(restored[disk.name], image, other_format=form, tools=self.tools)
             hashes[disk.name] = _sha256(restored[disk.name])
         self.compared[result.backup] = hashes
         shutil.rmtree(self.folder / result.backup)
+
+    def _image(self, disk: Disk) -> tuple[Path, str]:
+        """What holds the disk's content now, and in which format."""
+        if disk.name == "extra" and self.overlay is not None:
+            return self._flat_overlay(disk), "raw"
+        return disk.path, disk.format
 
     def _flat_overlay(self, disk: Disk) -> Path:
         """What the overlay reads as: it does not name its backing file itself."""

@@ -1,0 +1,182 @@
+"""What a run has read of its point in time, by place and digest: so that another process need not read it again.
+
+    block    entries u32 | BLAKE3-128 of (backup, number of the block, entries) | entries
+    entry    disk u32 | bytes u32 | place u64 | digest, 32 bytes; of zeroes all zero        (little-endian)
+
+An entry is a claim about the point in time, nothing more: it counts when a frame of that digest is found among
+those that are durable. So it may be written before its pack is. A block that a kill cut short, and what follows
+it, does not count. A full folder ends the journal, not the backup.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Final
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT
+
+__all__ = ["ENTRIES_MAX", "ZEROES", "DiskJournal", "Journal"]
+
+log = logging.getLogger(__name__)
+
+ZEROES: Final = bytes(32)
+"""In place of a digest: the range reads as zeroes."""
+
+ENTRIES_MAX: Final = 1 << 20
+"""48 MiB: a TiB in frames of 1 MiB. What is read beyond is not noted, and would be read again."""
+
+_ENTRY: Final = np.dtype([("disk", "<u4"), ("length", "<u4"), ("start", "<u8"), ("digest", "V32")])
+_HEAD: Final = 20
+_BLOCK: Final = 16
+"""Entries; so many at most are lost by a kill: 16 MiB, and less than a pack."""
+_BLOCK_MAX: Final = 4096
+
+
+def _check(backup: bytes, number: int, raw: bytes) -> bytes:
+    return blake3(backup + number.to_bytes(8, "little") + raw).digest(16)
+
+
+class Journal:
+    """The journal of one run. `note` may be called by many threads; it never raises."""
+
+    def __init__(self, fd: int, backup: str) -> None:
+        """Read what is there, and go on behind it.
+
+        Args:
+            fd: of its file, open for reading and writing, which becomes this object's.
+            backup: the id of the backup that it is of.
+        """
+        self._fd = fd
+        self._backup = bytes.fromhex(backup)
+        self._lock = threading.Lock()
+        self._open: list[tuple[int, int, int, bytes]] = []
+        self._blocks = 0
+        self._count = 0
+        entries, good = self._read()
+        keys = (entries["disk"].astype(np.uint64) << np.uint64(48)) + entries["start"] // GRAIN
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        self._entries = entries
+        self._order = order
+        with suppress(OSError):
+            os.ftruncate(fd, good)
+            os.lseek(fd, good, os.SEEK_SET)
+
+    def _read(self) -> tuple[NDArray[np.void], int]:
+        """All entries of the blocks that are whole, and where these end."""
+        parts: list[bytes] = []
+        good = 0
+        while self._count < ENTRIES_MAX:
+            head = os.pread(self._fd, _HEAD, good)
+            count = int.from_bytes(head[:4], "little")
+            if len(head) < _HEAD or not 1 <= count <= _BLOCK_MAX:
+                break
+            raw = os.pread(self._fd, count * _ENTRY.itemsize, good + _HEAD)
+            if head[4:] != _check(self._backup, self._blocks, raw):
+                break
+            if len(raw) != count * _ENTRY.itemsize:
+                break
+            parts.append(raw)
+            good += _HEAD + len(raw)
+            self._blocks += 1
+            self._count += count
+        return np.frombuffer(b"".join(parts), dtype=_ENTRY), good
+
+    def disk(self, number: int, size: int) -> DiskJournal:
+        """Of one disk, by its number in the run; `size` in bytes."""
+        return DiskJournal(self, number, size)
+
+    def within(self, disk: int, start: int, end: int) -> Iterator[tuple[int, int, bytes]]:
+        """(place, bytes, digest) of what was read before of [start, end) of a disk, sorted by place."""
+        bounds = [(disk << 48) + -(-at // GRAIN) for at in (start, end)]
+        first, last = np.searchsorted(self._keys, np.array(bounds, dtype=np.uint64)).tolist()
+        for at in self._order[first:last]:
+            entry = self._entries[at]
+            if entry["disk"] == disk:
+                yield int(entry["start"]), int(entry["length"]), entry["digest"].tobytes()
+
+    def note(self, disk: int, start: int, length: int, digest: bytes) -> None:
+        """Note that `length` bytes at `start` have that digest, or are zero."""
+        with self._lock:
+            if self._fd < 0 or self._count >= ENTRIES_MAX:
+                return
+            self._open.append((disk, length, start, digest))
+            self._count += 1
+            if len(self._open) >= _BLOCK:
+                self._write()
+
+    def _write(self) -> None:
+        if not self._open or self._fd < 0:
+            return
+        raw = np.array(self._open, dtype=_ENTRY).tobytes()
+        block = len(self._open).to_bytes(4, "little")
+        block += _check(self._backup, self._blocks, raw) + raw
+        self._open.clear()
+        self._blocks += 1
+        try:
+            whole = os.write(self._fd, block) == len(block)
+        except OSError as exc:
+            log.debug("what is read is not noted any more: %s", exc)
+            whole = False
+        if not whole:
+            self._end()
+
+    def _end(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Write what is left, and let the file go; a second call does nothing."""
+        with self._lock:
+            self._write()
+            self._end()
+
+
+class DiskJournal:
+    """One disk's part of a journal."""
+
+    def __init__(self, journal: Journal, number: int, size: int) -> None:
+        self._journal = journal
+        self._number = number
+        self._size = size
+
+    def note(self, start: int, length: int, digest: bytes) -> None:
+        """See `Journal.note`."""
+        self._journal.note(self._number, start, length, digest)
+
+    def segment(self, index: int) -> Sequence[tuple[int, int, bytes]]:
+        """(place, bytes, digest) of what was read before of segment `index`, sorted by place.
+
+        Each is of whole grains, but for the disk's end, and lies within a frame's place.
+        """
+        begin = index * SEGMENT
+        found = self._journal.within(self._number, begin, min(begin + SEGMENT, self._size))
+        return [one for one in found if self._sound(*one)]
+
+    def _sound(self, start: int, length: int, _digest: bytes) -> bool:
+        end = start + length
+        return (
+            length > 0
+            and start % GRAIN == 0
+            and end <= self._size
+            and (end % GRAIN == 0 or end == self._size)
+            and start // FRAME_MAX == (end - 1) // FRAME_MAX
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What was read before of the disk, in bytes."""
+        return sum(
+            length
+            for index in range(-(-self._size // SEGMENT))
+            for _, length, _ in self.segment(index)
+        )
