@@ -335,7 +335,9 @@ class FoundRun:
                     raise ValueError("its record is not a file of ours")
                 found = Unfinished.decode(file.read(RECORD_MAX + 1))
         except FileNotFoundError:
-            raise ValueError("it had not come to reading") from None
+            raise ValueError(
+                "it left nothing on record: it had not come to reading, or went over ssh"
+            ) from None
         except OSError as exc:
             raise ValueError(f"its record can't be read: {exc.strerror}") from exc
         if self.path.name != f"nbdpull-{found.run}":

@@ -52,6 +52,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
         " --tag gold --tag old -q"
         " --base latest --digest-cache /tmp/c"
         " --trim-scratch --machine --definition vm.xml --definition start.sh --tpm-state /tpm"
+        " --resume-within 2d"
     )
     assert cli(*line.split()).exit_code == 0
     assert calls == [
@@ -83,6 +84,7 @@ def test_backup_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "machine": True,
                 "definitions": ("vm.xml", "start.sh"),
                 "tpm_state": "/tpm",
+                "resume_within_s": 172800.0,
                 "progress": None,
             },
         )
@@ -148,6 +150,7 @@ def test_backup_as_json(cli: Cli, replace: Replace) -> None:
             ],
             "cost": None,
             "quiesced": None,
+            "resumed": False,
             "profile": {
                 "workers": 4,
                 "status_s": 0.125,

@@ -150,6 +150,30 @@ def test_what_a_killed_run_left_is_cleaned_up(
         assert keeper.backup(vm.uri, tls=tls).disks[0].level == "full"
 
 
+@pytest.mark.parametrize("qemu_tools", [QEMU_72], ids=["qemu-7.2"])
+@pytest.mark.parametrize("kind", ["x509", "psk"])
+def test_a_killed_run_is_gone_on_with_through_the_same_server(
+    qemu_tools: QemuTools,
+    keeper: Keeper,
+    disk: Disk,
+    authority: Authority,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    tls = secrets(kind, authority, tmp_path)
+    with Vm([disk], tools=qemu_tools) as vm:
+        assert kill_in_the_middle(keeper, vm, tls) == -9
+        result = keeper.backup(vm.uri, tls=tls)
+        assert result.resumed
+        assert not any(vm.leftovers().values())
+        assert "-tls'" not in str(vm.qmp("qom-list", path="/objects"))
+        compare(keeper.restore(result.backup)["vda"], disk.path, other_format="qcow2")
+        # Without --tls its exports can't be reached.
+        assert kill_in_the_middle(keeper, vm, tls) == -9
+        assert not keeper.backup(vm.uri).resumed
+        assert not any(vm.leftovers().values())
+
+
 KILLED = """
 import os, signal, sys
 import nbdpull
