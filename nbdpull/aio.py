@@ -12,32 +12,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nbdpull.aio_keys import key_add, key_export, key_import, key_list, key_remove, key_rotate
 from nbdpull.errors import UsageError
-from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import (
-    BackupInfo,
-    BackupResult,
-    CleanupResult,
-    CopyResult,
-    DoctorResult,
-    EstimateResult,
-    ForgetResult,
-    GcResult,
-    InitResult,
-    Level,
-    ProgressCallback,
-    ProtectResult,
-    RepackResult,
-    RestoreResult,
-    ShowResult,
-    UndoResult,
-    VerifyLevel,
-    VerifyResult,
-)
-from nbdpull.model.retention import Policy
+
+if TYPE_CHECKING:
+    from nbdpull.model.keysource import KeySource
+    from nbdpull.model.outcomes import (
+        CleanupResult,
+        CopyResult,
+        DoctorResult,
+        EstimateResult,
+        ForgetResult,
+        GcResult,
+        InitResult,
+        ProtectResult,
+        RepackResult,
+        RestoreResult,
+        ShowResult,
+        UndoResult,
+        VerifyLevel,
+        VerifyResult,
+    )
+    from nbdpull.model.results import BackupInfo, BackupResult, Level, ProgressCallback
+    from nbdpull.model.retention import Policy
 
 __all__ = [
     "backup",
@@ -421,6 +420,8 @@ async def verify(
         BackupNotFoundError: no backup fits one of `backups`, or more than one.
         StoreError: the storage can't be read.
     """
+    from nbdpull.model.outcomes import VerifyLevel
+
     names = _names("backups", backups)
     try:
         wanted = VerifyLevel(level)
@@ -516,6 +517,8 @@ async def forget(
         BackupNotFoundError: no backup fits, or more than one.
         RepositoryError: a named backup is protected; nothing was forgotten.
     """
+    from nbdpull.model.retention import Policy
+
     names = _names("backups", backups)
     if isinstance(policy, str):
         try:
@@ -845,6 +848,8 @@ async def doctor(
 
 
 def _level(level: str) -> Level | None:
+    from nbdpull.model.results import Level
+
     if level == "auto":
         return None
     try:

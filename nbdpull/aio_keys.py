@@ -7,10 +7,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import KeyExport, KeyInfo
-
 if TYPE_CHECKING:
+    from nbdpull.model.keysource import KeySource
+    from nbdpull.model.outcomes import KeyExport, KeyInfo
     from nbdpull.ops.key import KeyOptions
 
 __all__ = ["key_add", "key_export", "key_import", "key_list", "key_remove", "key_rotate"]
@@ -159,4 +158,6 @@ def _key_options(
     new: KeySource | None,
     label: str,
 ) -> KeyOptions:
+    from nbdpull.model.keysource import KeySource
+
     return kind(repository=os.fspath(repository), keys=keys, new=new or KeySource(), label=label)

@@ -19,7 +19,7 @@ import nbdpull
 import nbdpull.ops.backup
 import nbdpull.ops.init
 from nbdpull import aio, api
-from nbdpull.model.results import InitResult
+from nbdpull.model.outcomes import InitResult
 from nbdpull.ops.backup import BackupOptions
 from nbdpull.ops.init import InitOptions
 
@@ -57,7 +57,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowInit:
 
 
 def test_import_loads_nothing_heavy() -> None:
-    code = "import nbdpull, sys; print(' '.join(sys.modules))"
+    code = "import nbdpull, sys; nbdpull.backup, nbdpull.Error; print(' '.join(sys.modules))"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -80,13 +80,20 @@ def test_import_loads_nothing_heavy() -> None:
 def test_all_names_are_there() -> None:
     for name in nbdpull.__all__:
         assert hasattr(nbdpull, name)
-    assert set(VERBS) <= set(nbdpull.__all__)
+    assert set(VERBS) <= set(nbdpull.__all__) <= set(dir(nbdpull))
+    assert not hasattr(nbdpull, "Candidate")  # of a module that has a public name
     errors = {
         name
         for name, value in vars(nbdpull.errors).items()
         if inspect.isclass(value) and issubclass(value, nbdpull.Error)
     }
     assert errors <= set(nbdpull.__all__)
+
+
+def test_coroutines_need_no_import_of_their_own() -> None:
+    code = "import nbdpull, inspect; print(inspect.iscoroutinefunction(nbdpull.aio.backup))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,7 +9,7 @@ from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, source_argument, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
-from nbdpull.model.results import CleanupResult
+from nbdpull.model.outcomes import CleanupResult
 
 __all__ = ["command"]
 

@@ -9,7 +9,7 @@ from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import verb
 from nbdpull.cli.password import keys_of_user, target_keys_of_user
 from nbdpull.cli.progress import show_progress
-from nbdpull.model.results import CopyResult
+from nbdpull.model.outcomes import CopyResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]

@@ -11,7 +11,7 @@ from nbdpull.cli.options import repository_option, source_argument, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.run import EXIT_FAILURE, EXIT_WARNINGS
 from nbdpull.cli.tables import table
-from nbdpull.model.results import FindingKind
+from nbdpull.model.outcomes import FindingKind
 
 __all__ = ["command"]
 

@@ -12,7 +12,7 @@ from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, source_argument, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.tables import table
-from nbdpull.model.results import EstimateResult
+from nbdpull.model.outcomes import EstimateResult
 from nbdpull.units import format_size
 
 __all__ = ["command"]

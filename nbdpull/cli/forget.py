@@ -14,7 +14,7 @@ from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import local_time, table
 from nbdpull.errors import UsageError
-from nbdpull.model.results import ForgetResult, Forgotten
+from nbdpull.model.outcomes import ForgetResult, Forgotten
 from nbdpull.model.retention import Policy
 from nbdpull.units import parse_duration
 

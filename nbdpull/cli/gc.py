@@ -10,7 +10,7 @@ from nbdpull.cli.options import repository_option, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.tables import local_time
 from nbdpull.errors import UsageError
-from nbdpull.model.results import GcResult
+from nbdpull.model.outcomes import GcResult
 from nbdpull.units import format_duration, format_size, parse_duration
 
 __all__ = ["command"]

@@ -12,7 +12,7 @@ from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, verb
 from nbdpull.cli.password import keys_of_user, new_keys_of_user
 from nbdpull.cli.tables import local_time, short_ids, table
-from nbdpull.model.results import KeyInfo
+from nbdpull.model.outcomes import KeyInfo
 
 __all__ = ["command"]
 

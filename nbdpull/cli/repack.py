@@ -9,7 +9,7 @@ from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
-from nbdpull.model.results import RepackResult
+from nbdpull.model.outcomes import RepackResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]

@@ -13,7 +13,7 @@ from nbdpull.cli.options import repository_option, tls_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.tables import table
-from nbdpull.model.results import RestoreResult
+from nbdpull.model.outcomes import RestoreResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]

@@ -10,7 +10,7 @@ from nbdpull.cli.jsonform import Json, to_json
 from nbdpull.cli.options import repository_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.tables import backup_state, block, disk_table, local_time, table
-from nbdpull.model.results import ShowResult
+from nbdpull.model.outcomes import ShowResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]

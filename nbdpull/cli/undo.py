@@ -8,7 +8,7 @@ from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.options import repository_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
-from nbdpull.model.results import UndoResult
+from nbdpull.model.outcomes import UndoResult
 
 __all__ = ["command"]
 

@@ -12,7 +12,7 @@ from nbdpull.cli.options import repository_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_FAILURE
-from nbdpull.model.results import Damage, VerifyLevel, VerifyResult
+from nbdpull.model.outcomes import Damage, VerifyLevel, VerifyResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import CleanupResult, ProgressCallback
+from nbdpull.model.outcomes import CleanupResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository
 from nbdpull.source.fleecing import QemuOptions

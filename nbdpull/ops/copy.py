@@ -11,7 +11,8 @@ from itertools import chain
 from nbdpull.errors import RepositoryError
 from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import CopyResult, Progress, ProgressCallback, ProgressKind
+from nbdpull.model.outcomes import CopyResult
+from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.rekey import rekeying
 from nbdpull.ops.threads import in_thread

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from nbdpull.errors import Error
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import DiskEstimate, DoctorResult, Finding, FindingKind, Level
+from nbdpull.model.outcomes import DiskEstimate, DoctorResult, Finding, FindingKind
+from nbdpull.model.results import Level
 from nbdpull.ops.estimate import EstimateOptions, estimate_open
 from nbdpull.ops.lineage import known_disks
 from nbdpull.ops.threads import call

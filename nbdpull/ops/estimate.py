@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import DiskEstimate, EstimateResult, Level
+from nbdpull.model.outcomes import DiskEstimate, EstimateResult
+from nbdpull.model.results import Level
 from nbdpull.ops.lineage import Chain, backup_level, known_disks, parent_of
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Repository

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nbdpull.errors import DamagedError
 from nbdpull.model.damage import Place
 from nbdpull.model.manifest import Summary
-from nbdpull.model.results import Damage
+from nbdpull.model.outcomes import Damage
 
 __all__ = ["Damages", "Findings", "Keys", "Seen"]
 

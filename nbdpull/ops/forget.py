@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from nbdpull.errors import RepositoryError, UsageError
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import ForgetResult, Forgotten, Level, ProgressCallback
+from nbdpull.model.outcomes import ForgetResult, Forgotten
+from nbdpull.model.results import Level, ProgressCallback
 from nbdpull.model.retention import Candidate, Policy, judge
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Backup, Repository

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import GcResult, ProgressCallback
+from nbdpull.model.outcomes import GcResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.threads import in_thread
 from nbdpull.repo.repository import Repository

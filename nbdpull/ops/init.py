@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nbdpull.errors import UsageError, WrongKeyError
 from nbdpull.model.config import Lock
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import InitResult
+from nbdpull.model.outcomes import InitResult
 from nbdpull.ops.threads import call
 from nbdpull.repo.password import KEY_FILE, PASSWORD, password_of, wants_key
 from nbdpull.repo.repository import Repository

@@ -9,7 +9,7 @@ from pathlib import Path
 from nbdpull.errors import StoreError, UsageError, WrongKeyError
 from nbdpull.model.keyring import Ring, Slot
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import KeyExport, KeyInfo
+from nbdpull.model.outcomes import KeyExport, KeyInfo
 from nbdpull.ops.threads import call
 from nbdpull.repo.password import NEW_PASSWORD, password_of, ring_of
 from nbdpull.repo.repository import Repository

@@ -27,7 +27,8 @@ from nbdpull.model.grain import GRAIN, SEGMENT, segment_count
 from nbdpull.model.ids import DiskId, SessionId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, SegmentRef, Summary
-from nbdpull.model.results import ProgressCallback, RepackResult
+from nbdpull.model.outcomes import RepackResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.model.retention import STALE_S
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled

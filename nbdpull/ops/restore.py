@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from nbdpull.errors import DamagedError, RepositoryError, TargetError, UsageError
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
-from nbdpull.model.results import ProgressCallback, RestoredDisk, RestoreResult
+from nbdpull.model.outcomes import RestoredDisk, RestoreResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.nbdio.tls import look_at_tls, with_tls
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.lost import record_lost

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import ShowResult
+from nbdpull.model.outcomes import ShowResult
 from nbdpull.ops.list import backup_info, disk_names
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Backup, Repository

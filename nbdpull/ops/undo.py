@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from nbdpull.errors import RepositoryError
 from nbdpull.model.keysource import KeySource
-from nbdpull.model.results import ProgressCallback, UndoResult
+from nbdpull.model.outcomes import UndoResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.ops.recommit import Recommit
 from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Backup, ParentGoneError, Repository

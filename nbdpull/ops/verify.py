@@ -32,7 +32,8 @@ from nbdpull.model.damage import DamagedFrame, Place
 from nbdpull.model.frame import HEADER_SIZE, FrameKind
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, SegmentRef, Summary
-from nbdpull.model.results import ProgressCallback, VerifyLevel, VerifyResult
+from nbdpull.model.outcomes import VerifyLevel, VerifyResult
+from nbdpull.model.results import ProgressCallback
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.disknames import disk_names

@@ -18,7 +18,8 @@ from typing import Final, Protocol, runtime_checkable
 
 from nbdpull.errors import PointInTimeLostError, SourceError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.results import Finding, GuestCost, Quiesced
+from nbdpull.model.outcomes import Finding
+from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.source.journal import Journal
 from nbdpull.source.unfinished import Unfinished
 

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 from nbdpull.errors import CommandError, Error
-from nbdpull.model.results import Finding, FindingKind
+from nbdpull.model.outcomes import Finding, FindingKind
 from nbdpull.source.base import Swept
 from nbdpull.source.disks import IOTHREADS_SAFE, QemuDisk, find_disks
 from nbdpull.source.fleecing import QemuOptions

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from nbdpull.errors import NbdError, PointInTimeLostError, UsageError
-from nbdpull.model.results import Finding, FindingKind, GuestCost, Quiesced
+from nbdpull.model.outcomes import Finding, FindingKind
+from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.nbdio.connection import Connection
 from nbdpull.source.address import ExportAddress
 from nbdpull.source.base import (

@@ -11,7 +11,7 @@ from typing import Final
 
 from nbdpull.errors import Error, SourceError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.results import Finding, FindingKind
+from nbdpull.model.outcomes import Finding, FindingKind
 from nbdpull.source.address import ImageAddress
 from nbdpull.source.base import (
     GRANULARITY,

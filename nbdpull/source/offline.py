@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Final
 
 from nbdpull.errors import Error, PointInTimeLostError, SourceError, UsageError
-from nbdpull.model.results import Finding, FindingKind, GuestCost, Quiesced
+from nbdpull.model.outcomes import Finding, FindingKind
+from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.source.address import ImageAddress
 from nbdpull.source.base import (
     READ_CONNECTIONS,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from nbdpull.errors import Error, InUseError, MonitorError, PointInTimeLostError, SourceError
-from nbdpull.model.results import Finding
+from nbdpull.model.outcomes import Finding
 from nbdpull.nbdio.connection import is_unix, socket_of, unix_uri, with_export, with_socket
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (

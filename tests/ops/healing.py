@@ -18,7 +18,8 @@ from nbdpull.model.damage import Place
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest
-from nbdpull.model.results import Level, VerifyResult
+from nbdpull.model.outcomes import VerifyResult
+from nbdpull.model.results import Level
 from nbdpull.nbdio.connection import unix_uri
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.pull import DiskPull, pull

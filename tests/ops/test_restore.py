@@ -23,7 +23,8 @@ from nbdpull.errors import (
 )
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.grain import GRAIN, SEGMENT
-from nbdpull.model.results import Progress, ProgressKind, RestoreResult
+from nbdpull.model.outcomes import RestoreResult
+from nbdpull.model.results import Progress, ProgressKind
 from nbdpull.ops.restore import RestoreOptions, restore
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository

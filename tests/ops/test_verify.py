@@ -13,7 +13,8 @@ import pytest
 from nbdpull.errors import BackupNotFoundError, StoreError
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.grain import GRAIN
-from nbdpull.model.results import Progress, ProgressKind, VerifyLevel, VerifyResult
+from nbdpull.model.outcomes import VerifyLevel, VerifyResult
+from nbdpull.model.results import Progress, ProgressKind
 from nbdpull.model.segment import Interval
 from nbdpull.ops.verify import VerifyOptions, verify
 from nbdpull.repo import session as session_module

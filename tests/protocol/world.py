@@ -18,7 +18,8 @@ from nbdpull.model.config import Config
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Manifest
-from nbdpull.model.results import Level, VerifyResult
+from nbdpull.model.outcomes import VerifyResult
+from nbdpull.model.results import Level
 from nbdpull.ops.copy import CopyOptions, _copy
 from nbdpull.ops.forget import ForgetOptions, _forget
 from nbdpull.ops.repack import RepackOptions, _Repack
