@@ -47,7 +47,7 @@ from nbdpull.model.index import (
     PackPlace,
     encode_index,
 )
-from nbdpull.model.manifest import Manifest, SessionRef
+from nbdpull.model.manifest import Manifest, SegmentRef, SessionRef
 from nbdpull.model.sealing import PackKeys
 from nbdpull.model.segment import Interval, Packs, Segment
 from nbdpull.repo.damage import DamageRecords
@@ -60,6 +60,7 @@ __all__ = ["DiskReader"]
 
 _TABLES_KEPT: Final = 4 << 20
 _DIRECTORIES_KEPT: Final = 24 << 20
+_SEGMENTS_KEPT: Final = 2 << 20
 _OTHERS_KEPT: Final = 4
 
 _T = TypeVar("_T")
@@ -121,6 +122,7 @@ class DiskReader:
         self._digests = [dict(session.index) for session in manifest.sessions]
         self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
         self._directories: _Cache[Directory] = _Cache(_DIRECTORIES_KEPT)
+        self._segments: _Cache[Segment] = _Cache(_SEGMENTS_KEPT)
         self._local = threading.local()
         self.manifest = manifest
 
@@ -364,6 +366,14 @@ class DiskReader:
         ref = self.manifest.segments[index]
         if ref is None:
             return Segment.empty()
+
+        def load() -> tuple[Segment, int]:
+            segment = self._map(index, ref)
+            return segment, segment.rows.nbytes
+
+        return self._segments.get((index, 0), load)
+
+    def _map(self, index: int, ref: SegmentRef) -> Segment:
         raw = self._frame(ref.session, ref.seq, ref.offset, ref.clen, FrameKind.MAP)
         key = self.key(ref.session, ref.seq)
         with _damage(f"map of segment {index} at {key}:{ref.offset}", key, ref.offset):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdpull.errors import RepositoryError, StoreError
+from nbdpull.errors import DamagedError, RepositoryError, StoreError
 from nbdpull.model.frame import FrameHeader
 from nbdpull.model.grain import GRAIN, SEGMENT
 from nbdpull.model.segment import Packs, Segment
@@ -464,6 +464,17 @@ def test_a_disk_of_two_segments_keeps_the_one_that_did_not_change(repository: Re
     assert reader.read(head) == grain(1)
     third = backup(repository, size, {0: None}, second)
     assert third.segments[0] is None
+
+
+def test_a_map_is_read_and_checked_once(repository: Repository) -> None:
+    manifest = backup(repository, SIZE, {n: grain(n) for n in range(4)})
+    reader = repository.reader(manifest)
+    before = reader.segment(0)
+    for key in keys(repository, "d"):
+        repository._store.delete(key)
+    assert reader.segment(0) is before
+    with pytest.raises(DamagedError):
+        repository.reader(manifest).segment(0)
 
 
 def test_overlay_reads_a_part_of_an_older_frame(repository: Repository) -> None:
