@@ -94,8 +94,9 @@ class _Graph:
 
     @classmethod
     async def read(cls, monitor: Monitor) -> _Graph:
-        described = await monitor.execute("query-named-block-nodes", {"flat": True})
-        graph = await monitor.execute("x-debug-query-block-graph")
+        described, graph = await monitor.ask(
+            ("query-named-block-nodes", {"flat": True}), "x-debug-query-block-graph"
+        )
         names = {
             entry["id"]: entry["name"]
             for entry in graph["nodes"]
@@ -221,8 +222,8 @@ async def _iothread(monitor: Monitor, path: str | None) -> str | None:
 async def _machine_disks(monitor: Monitor, graph: _Graph) -> tuple[list[QemuDisk], list[Skipped]]:
     disks: list[QemuDisk] = []
     skipped: list[Skipped] = []
-    threads = bool(await monitor.execute("query-iothreads"))
-    for entry in await monitor.execute("query-block"):
+    threads, drives = await monitor.ask("query-iothreads", "query-block")
+    for entry in drives:
         inserted = entry.get("inserted")
         if not inserted:
             continue

@@ -48,9 +48,9 @@ class _Found:
     async def read(cls, monitor: Monitor) -> _Found:
         # Before and after all else: a run may end, and another begin, while this reads.
         lives_before = await lives(monitor)
-        exports = await monitor.execute("query-block-exports")
-        nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-        jobs = await monitor.execute("query-jobs")
+        exports, nodes, jobs = await monitor.ask(
+            "query-block-exports", ("query-named-block-nodes", {"flat": True}), "query-jobs"
+        )
         bitmaps = [
             (node["node-name"], bitmap["name"])
             for node in nodes

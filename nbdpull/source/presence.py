@@ -29,13 +29,14 @@ async def why_absent(monitor: Monitor) -> SourceError | InUseError | None:
     """Why no backup can be made of this QEMU now; None where one can."""
     if monitor.storage_daemon:
         return None
-    status = (await monitor.execute("query-status"))["status"]
+    running, migrating = await monitor.ask("query-status", "query-migrate")
+    status = running["status"]
     if status in _AWAY:
         return SourceError(
             f"the VM is not here: this QEMU {_AWAY[status]} (state '{status}'); back up the QEMU that the VM"
             " runs in"
         )
-    migration = (await monitor.execute("query-migrate")).get("status", "none")
+    migration = migrating.get("status", "none")
     if migration not in _OVER:
         return InUseError(
             f"the VM is being migrated (state '{migration}'), which a backup would make fail; wait for its end,"

@@ -97,6 +97,24 @@ class Monitor:
         log.debug("<- %s", reply)
         return reply
 
+    async def ask(self, *queries: str | tuple[str, Mapping[str, object]]) -> list[Any]:
+        """What several commands return that change nothing: QEMU runs them in this order, after one wait.
+
+        Raises:
+            CommandError: QEMU refused one.
+            MonitorError: the session broke or QEMU did not answer.
+        """
+        pairs = [(one, None) if isinstance(one, str) else one for one in queries]
+        # All end before the first failure is raised, so that no reply is left to nobody.
+        replies = await asyncio.gather(
+            *(self.execute(command, arguments) for command, arguments in pairs),
+            return_exceptions=True,
+        )
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return replies
+
     def on_event(self, handler: EventHandler) -> Callable[[], None]:
         """Call `handler` for every event from now on; returns what stops that."""
         self._handlers.append(handler)
@@ -111,7 +129,7 @@ class Monitor:
                 handler(name, data if isinstance(data, dict) else {})
 
     async def _learn(self) -> None:
-        greeting = await self.execute("query-version")
+        greeting, commands = await self.ask("query-version", "query-commands")
         numbers = greeting["qemu"]
         self.version = (numbers["major"], numbers["minor"], numbers["micro"])
         if self.version[:2] < MINIMUM:
@@ -119,7 +137,6 @@ class Monitor:
             raise SourceError(
                 f"QEMU at {self.address} is {found}, expected 7.2 or later; upgrade QEMU (10 is best)"
             )
-        commands = await self.execute("query-commands")
         self.commands = frozenset(entry["name"] for entry in commands)
 
 

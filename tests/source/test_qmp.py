@@ -48,7 +48,7 @@ def test_qemu_below_7_2_is_refused_and_nothing_is_touched(
         with pytest.raises(SourceError, match=r"expected 7\.2 or later") as caught:
             ask(fake.path)
         assert ".".join(map(str, version)) in str(caught.value)
-        assert set(fake.commands) == {"qmp_capabilities", "query-version"}
+        assert set(fake.commands) == {"qmp_capabilities", "query-version", "query-commands"}
 
 
 @pytest.mark.parametrize("version", [(7, 2, 0), (8, 0, 0), (10, 0, 2), (11, 0, 0)])
@@ -72,6 +72,31 @@ def test_old_qemu_is_refused_by_the_command_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].endswith(
         "is 6.2.0, expected 7.2 or later; upgrade QEMU (10 is best)"
     )
+
+
+def test_questions_are_taken_in_their_order_and_one_refusal_spoils_no_later_one(
+    tmp_path: Path,
+) -> None:
+    async def run(path: str) -> None:
+        async with open_monitor(MonitorAddress(path=path)) as monitor:
+            again, status = await monitor.ask(("query-version", {"x": 1}), "query-status")
+            assert (again["qemu"]["major"], status) == (10, {"status": "running"})
+            with pytest.raises(CommandError, match="'query-jobs': not now"):
+                await monitor.ask("query-status", "query-jobs", "query-block")
+            assert await monitor.execute("query-status") == {"status": "running"}
+
+    known: dict[str, Any] = {
+        "query_jobs": "not now",
+        "query_block": [],
+        "query_status": {"status": "running"},
+    }
+    with FakeQmp(tmp_path, answers(10, 0, **known)) as fake:
+        asyncio.run(run(str(fake.path)))
+    assert fake.commands[-6:] == [
+        *("query-version", "query-status"),
+        *("query-status", "query-jobs", "query-block"),
+        "query-status",
+    ]
 
 
 def test_refused_command_carries_qemus_words(tmp_path: Path) -> None:
