@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from nbdpull.repo.repository import DigestCache, Repository
+from nbdpull.repo.digestcache import DigestCache
+from nbdpull.repo.repository import Repository
 from tests.ops.pulling import MIB, content, fill, summary_of, write
 
 

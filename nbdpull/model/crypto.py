@@ -4,22 +4,19 @@ AEAD is AES-256-GCM, key derivation HKDF-SHA256 (RFC 5869), sealing to a public 
 mode, DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM), passwords go through Argon2id (RFC 9106) or
 scrypt (RFC 7914). What each is used for is in `sealing` and `keyring`.
 """
+# The library is loaded by what uses it: where nothing is encrypted a backup need not.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
-from typing import Final, NamedTuple
-
-from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
-from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdpull.model.frame import TAG_SIZE, Buffer, FormatError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.hpke import Suite
 
 __all__ = [
     "HPKE_OVERHEAD",
@@ -39,7 +36,6 @@ __all__ = [
 KEY_SIZE: Final = 32
 HPKE_OVERHEAD: Final = 32 + TAG_SIZE
 _NONCE_SIZE: Final = 12
-_SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
 class NotAuthenticError(FormatError):
@@ -57,6 +53,8 @@ class Aead:
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_SIZE:
             raise ValueError(f"a key has {KEY_SIZE} bytes")
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
         self._cipher = AESGCM(key)
 
     def seal(self, number: int, data: Buffer, aad: bytes) -> bytes:
@@ -73,6 +71,8 @@ class Aead:
         Raises:
             NotAuthenticError: it was not, with this key, number and `aad`.
         """
+        from cryptography.exceptions import InvalidTag
+
         try:
             return self._cipher.decrypt(number.to_bytes(_NONCE_SIZE, "little"), sealed, aad)
         except (InvalidTag, ValueError) as exc:
@@ -81,6 +81,9 @@ class Aead:
 
 def derive(secret: bytes, *, salt: bytes, info: bytes, length: int = KEY_SIZE) -> bytes:
     """HKDF-SHA256."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     return HKDF(SHA256(), length, salt, info).derive(secret)
 
 
@@ -89,17 +92,30 @@ def derive(secret: bytes, *, salt: bytes, info: bytes, length: int = KEY_SIZE) -
 
 def new_secret() -> bytes:
     """A new X25519 private key, 32 bytes."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
     return X25519PrivateKey.generate().private_bytes_raw()
 
 
 def public_of(secret: bytes) -> bytes:
     """The public key of a private one."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+
+@functools.cache
+def _suite() -> Suite:
+    from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+
+    return Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
 def hpke_seal(public: bytes, data: bytes, info: bytes) -> bytes:
     """`data` for whoever has the private key: encapsulated key (32 bytes), ciphertext, tag."""
-    return _SUITE.encrypt(data, X25519PublicKey.from_public_bytes(public), info)
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+    return _suite().encrypt(data, X25519PublicKey.from_public_bytes(public), info)
 
 
 def hpke_open(secret: bytes, sealed: bytes, info: bytes) -> bytes:
@@ -108,8 +124,11 @@ def hpke_open(secret: bytes, sealed: bytes, info: bytes) -> bytes:
     Raises:
         NotAuthenticError: it was not, for this key and `info`.
     """
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
     try:
-        return _SUITE.decrypt(sealed, X25519PrivateKey.from_private_bytes(secret), info)
+        return _suite().decrypt(sealed, X25519PrivateKey.from_private_bytes(secret), info)
     except (InvalidTag, ValueError) as exc:
         raise NotAuthenticError("it is not what was sealed there (bad tag)") from exc
 
@@ -160,6 +179,10 @@ def stretch(password: bytes, salt: bytes, kdf: Kdf, length: int) -> bytes:
     Raises:
         FormatError: the costs can't be.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
     kdf.check()
     try:
         if kdf.name is KdfName.ARGON2ID:

@@ -25,9 +25,9 @@ from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.ops.meter import Meter
+from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.repository import (
     Backup,
-    DigestCache,
     DiskReader,
     Found,
     ParentGoneError,

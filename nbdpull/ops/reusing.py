@@ -6,10 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbdpull.errors import Error
 from nbdpull.model.manifest import Manifest
-from nbdpull.repo.repository import Backup, DigestCache, DigestIndex, Repository
+from nbdpull.repo.repository import Backup, DigestIndex, Repository
+
+if TYPE_CHECKING:
+    from nbdpull.repo.digestcache import DigestCache  # loads SQLite
 
 __all__ = ["Reusing"]
 
@@ -58,6 +62,8 @@ class Reusing:
                     f"backup {found.id} has more frames than are kept in memory; some are not found"
                 )
         if digest_cache is not None:
+            from nbdpull.repo.digestcache import DigestCache  # noqa: PLC0415
+
             cache = DigestCache(Path(digest_cache).absolute(), repository.id)
         return cls(found, index, cache)
 

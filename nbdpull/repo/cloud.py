@@ -19,9 +19,8 @@ from urllib.parse import parse_qsl, urlsplit
 from nbdpull.errors import StoreError, UsageError
 from nbdpull.repo.awsprofile import Profile, load_profile
 
-__all__ = ["SCHEMES", "Cloud", "parse_cloud"]
+__all__ = ["Cloud", "parse_cloud"]
 
-SCHEMES: Final = ("s3", "gs", "az")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9]")
 _PART: Final = re.compile(r"[A-Za-z0-9._=+@-]+")
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\]")
@@ -56,7 +55,7 @@ class Cloud:
     """One place in one object store.
 
     Attributes:
-        scheme: one of `SCHEMES`.
+        scheme: ``s3``, ``gs`` or ``az``.
         bucket: or container.
         prefix: below which all keys are, without slashes around; may be empty.
         endpoint: URL of the service, or None for the cloud's own.

@@ -33,17 +33,16 @@ from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuseplan import pin_of
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
 
-__all__ = ["REPLICA", "Copier", "replica_mark"]
+__all__ = ["Copier", "replica_mark"]
 
 _log = logging.getLogger(__name__)
 
-REPLICA: Final = "replica.json"
 """The object that says that a repository is a replica."""
 _WORKERS: Final = 3  # each holds a pack
 
 
 def replica_mark() -> bytes:
-    """The bytes of `REPLICA`."""
+    """The bytes of `location.REPLICA`."""
     return (json.dumps({"nbdpull": "replica"}) + "\n").encode()
 
 

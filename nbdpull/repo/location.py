@@ -10,14 +10,15 @@ from urllib.parse import unquote, urlsplit
 
 from nbdpull.errors import StoreError, UsageError
 from nbdpull.model.config import Lock
-from nbdpull.repo.cloud import SCHEMES, parse_cloud
 from nbdpull.repo.local import LocalStore, sync_folder, told
 from nbdpull.repo.probe import LISTED, PROBE
 from nbdpull.repo.store import Store
 
-__all__ = ["CONFIG", "check_lockable", "lock_store", "new_store", "open_store", "tidy"]
+__all__ = ["CONFIG", "REPLICA", "check_lockable", "lock_store", "new_store", "open_store", "tidy"]
 
 CONFIG: Final = "nbdpull.json"
+REPLICA: Final = "replica.json"
+_CLOUDS: Final = ("s3", "gs", "az")
 # In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
 _NOTHING: Final = re.compile(
     rf"lost\+found|key(/.*)?|replica\.json|{PROBE}[0-9a-f]{{16}}.*|\.tmp-.*"
@@ -31,8 +32,9 @@ def open_store(location: str) -> Store:
         UsageError: the location can't be.
         StoreError: what the environment says of that object store can't be.
     """
-    if _scheme(location) in SCHEMES:
+    if _scheme(location) in _CLOUDS:
         # The library takes a while to load, and most repositories are folders.
+        from nbdpull.repo.cloud import parse_cloud  # noqa: PLC0415
         from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415
 
         return ObjectStore(parse_cloud(location, os.environ))
@@ -82,7 +84,7 @@ def new_store(location: str) -> tuple[Store, int]:
         UsageError: the location can't be, is a repository already, or holds something else.
         StoreError: the store can't be used.
     """
-    if _scheme(location) in SCHEMES:
+    if _scheme(location) in _CLOUDS:
         return _new_prefix(location)
     root = _folder(location)
     with told("use", root):
@@ -97,6 +99,7 @@ def new_store(location: str) -> tuple[Store, int]:
 
 
 def _new_prefix(location: str) -> tuple[Store, int]:
+    from nbdpull.repo.cloud import parse_cloud  # noqa: PLC0415
     from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415
 
     store = ObjectStore(parse_cloud(location, os.environ))

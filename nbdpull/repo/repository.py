@@ -8,6 +8,8 @@ Keys, every object immutable (docs/internals/format.md):
     t/<disk>/<sid>   tombstone             p/<backup>       protected
     b/<sid>/<n>      records of damage and of healing
 """
+# What a backup into a repository without a key never uses is loaded where it is used.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdpull.errors import (
     BackupNotFoundError,
@@ -49,12 +51,17 @@ from nbdpull.repo import marks as marking
 from nbdpull.repo.adopt import Adoption
 from nbdpull.repo.alive import KeepAlive, process_token
 from nbdpull.repo.catalog import Backup, Entry, Vanished, group
-from nbdpull.repo.collect import Collector
-from nbdpull.repo.copier import REPLICA, Copier, replica_mark
 from nbdpull.repo.damage import DamageRecords
-from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.digestindex import DigestIndex
-from nbdpull.repo.location import CONFIG, check_lockable, lock_store, new_store, open_store, tidy
+from nbdpull.repo.location import (
+    CONFIG,
+    REPLICA,
+    check_lockable,
+    lock_store,
+    new_store,
+    open_store,
+    tidy,
+)
 from nbdpull.repo.locks import hold_locks
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
@@ -63,13 +70,17 @@ from nbdpull.repo.reuse import Found, KnownFrame
 from nbdpull.repo.reuseplan import ReusePlan, pin_of
 from nbdpull.repo.session import Session
 from nbdpull.repo.sessiontable import SessionTable
-from nbdpull.repo.slots import Slots, new_keys
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
 from nbdpull.repo.vault import Vault
 
+if TYPE_CHECKING:
+    from nbdpull.repo.collect import Collector
+    from nbdpull.repo.copier import Copier
+    from nbdpull.repo.digestcache import DigestCache
+    from nbdpull.repo.slots import Slots
+
 __all__ = [
     "Backup",
-    "DigestCache",
     "DigestIndex",
     "DiskReader",
     "Entry",
@@ -142,6 +153,8 @@ class Repository:
             lock_store(store, lock, trial=f"{PROBE}{own[:16]}lock")
         vault = None
         if password is not None:
+            from nbdpull.repo.slots import Slots, new_keys
+
             # Before the settings: no repository is ever there without its key.
             vault = Vault(Ring(own, os.urandom(KEY_SIZE), ()).rotated(*new_keys()))
             Slots(store, own, location).add(vault.ring, password, kdf=kdf)
@@ -177,6 +190,8 @@ class Repository:
         keys = keys or KeySource()
         vault = None
         if config.encrypted:
+            from nbdpull.repo.slots import Slots
+
             vault = Vault(Slots(store, config.id, location).unlock(keys))
         elif wants_key(keys):
             # Settings are not authenticated: a store that says "not encrypted" would be given plain data.
@@ -196,6 +211,8 @@ class Repository:
             RepositoryError: another repository is there.
             StoreError: the storage can't be used.
         """
+        from nbdpull.repo.copier import Copier
+
         try:
             store, config = self._settings(location, write=True)
         except RepositoryNotFoundError:
@@ -218,6 +235,8 @@ class Repository:
         )
 
     def _make_replica(self, location: str) -> None:
+        from nbdpull.repo.copier import replica_mark
+
         try:
             store, keys = new_store(location)
         except UsageError:
@@ -253,6 +272,8 @@ class Repository:
             RepositoryNotFoundError: there is none at `location`.
             UsageError: it is not encrypted.
         """
+        from nbdpull.repo.slots import Slots
+
         store, config = cls._settings(location, write=True)
         if not config.encrypted:
             raise UsageError(
@@ -668,6 +689,8 @@ class Repository:
             UsageError: the store lets only one process at a time write, and `exclusive` does not say
                 that there is no other one.
         """
+        from nbdpull.repo.collect import Collector
+
         unknown = self.config.unknown("gc")
         if unknown is not None:
             raise UnsupportedFormatError(

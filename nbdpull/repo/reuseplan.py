@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo.adopt import Adoption
-from nbdpull.repo.digestcache import CacheFinder, DigestCache
 from nbdpull.repo.digestindex import DigestIndex, IndexFinder
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import FrameFinder, PackListing, Reuse, ReuseSource
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.store import KeyMissingError, Store
+
+if TYPE_CHECKING:
+    from nbdpull.repo.digestcache import DigestCache  # loads SQLite
 
 __all__ = ["ReusePlan", "pin_of"]
 
@@ -98,6 +100,8 @@ class ReusePlan:
         if self._base is not None:
             finders.append(IndexFinder(self._base, [pinned(one) for one in self._base.manifests]))
         if self._cache is not None:
+            from nbdpull.repo.digestcache import CacheFinder  # noqa: PLC0415
+
             finders.append(CacheFinder(self._cache, self._alive, self._read, source))
         like = pinned(self._like) if self._like is not None else None
         return Reuse(like, finders, adopted)

@@ -14,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from nbdpull.errors import PointInTimeLostError, SourceError, UsageError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.outcomes import Finding
 from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.source.journal import Journal
 from nbdpull.source.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from nbdpull.model.outcomes import Finding
 
 __all__ = [
     "GRANULARITY",

@@ -26,7 +26,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from blake3 import blake3
 
@@ -42,7 +42,6 @@ from nbdpull.nbdio.connection import is_unix, with_export
 from nbdpull.nbdio.tls import Tls, with_tls
 from nbdpull.source.base import GRANULARITY, READ_CONNECTIONS, DiskPlan, OnLost, ServedDisk
 from nbdpull.source.disks import QemuDisk
-from nbdpull.source.elsewhere import OverwrittenElsewhere
 from nbdpull.source.journal import Journal
 from nbdpull.source.loopback import LOOPBACK, start_at, start_on_loopback
 from nbdpull.source.names import RunNames
@@ -54,6 +53,9 @@ from nbdpull.source.quiesce import find_agent, quiesced
 from nbdpull.source.scratch import Overwritten, ScratchGuard
 from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
+
+if TYPE_CHECKING:
+    from nbdpull.source.elsewhere import OverwrittenElsewhere
 
 __all__ = [
     "GUEST_DELAY_S",
@@ -408,6 +410,8 @@ class QemuPointInTime:
         """What tells which blocks are in a scratch image: its file, or where that can't be opened an export."""
         if self._rundir.here:
             return Overwritten(self._scratch[index])
+        from nbdpull.source.elsewhere import OverwrittenElsewhere  # noqa: PLC0415 - seldom needed
+
         export = self._names.scratch_export(index)
         self._push(f"removing export {export}", partial(self._end_export, export))
         await self._monitor.execute(

@@ -1,4 +1,6 @@
 """SOURCE, the first arguments of a backup, become an open source: one kind for each URI scheme."""
+# A kind's modules are loaded when it is asked for.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nbdpull.errors import MonitorError, UsageError
 from nbdpull.nbdio.connection import check_uri
@@ -20,16 +23,14 @@ from nbdpull.source.address import (
     parse_source,
 )
 from nbdpull.source.base import Known, Recall, Source
-from nbdpull.source.elsewhere import Elsewhere, look_at_socket
-from nbdpull.source.exports import ExportSource
 from nbdpull.source.fleecing import QemuOptions
-from nbdpull.source.libvirtapi import LibvirtDomain
-from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
-from nbdpull.source.offline import OfflineSource
 from nbdpull.source.qemu import QemuSource
 from nbdpull.source.qmp import open_monitor
-from nbdpull.source.ssh import open_link
 from nbdpull.source.whole import whole
+
+if TYPE_CHECKING:
+    from nbdpull.source.libvirtapi import LibvirtDomain
+    from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
 
 __all__ = ["check_source", "open_source"]
 
@@ -117,6 +118,9 @@ async def _open_qemu(address: MonitorAddress, qemu: QemuOptions) -> AsyncIterato
             monitor = await stack.enter_async_context(open_monitor(address))
             source = QemuSource(monitor, qemu)
         else:
+            from nbdpull.source.elsewhere import Elsewhere, look_at_socket
+            from nbdpull.source.ssh import open_link
+
             link = await stack.enter_async_context(open_link(address.ssh))
             owner = await asyncio.to_thread(look_at_socket, link, address.path)
             reached_at = await link.forward(address.path)
@@ -166,6 +170,8 @@ async def open_source(
             yield source
         return
     if isinstance(address, DomainAddress):
+        from nbdpull.source.libvirtapi import LibvirtDomain
+
         domain = await whole(LibvirtDomain, address)
         try:
             found = await _of_domain(domain, qemu, known, recall)
@@ -179,12 +185,16 @@ async def open_source(
         return
     exports = [one for one in address if isinstance(one, ExportAddress)]
     if exports:
+        from nbdpull.source.exports import ExportSource
+
         contexts = parse_bitmaps(qemu.bitmaps, exports)
         if qemu.tls is not None:
             tls = qemu.tls
             exports = [replace(export, uri=with_tls(export.uri, tls)) for export in exports]
         yield ExportSource(exports, contexts)
         return
+    from nbdpull.source.offline import OfflineSource
+
     images = [one for one in address if isinstance(one, ImageAddress)]
     offline = OfflineSource(images, scratch=qemu.scratch, known=known)
     try:
@@ -196,6 +206,8 @@ async def open_source(
 async def _of_domain(
     domain: LibvirtDomain, qemu: QemuOptions, known: Known, recall: Recall
 ) -> DomainSource | ShutDownDomain:
+    from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
+
     if await whole(domain.active):
         return DomainSource(domain, qemu, recall)
     return await whole(ShutDownDomain, domain, qemu, known)

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbdpull.errors import Error, InUseError, MonitorError, PointInTimeLostError, SourceError
-from nbdpull.model.outcomes import Finding
 from nbdpull.nbdio.connection import is_unix, socket_of, unix_uri, with_export, with_socket
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (
@@ -23,7 +23,6 @@ from nbdpull.source.base import (
     Swept,
     select_disks,
 )
-from nbdpull.source.checkup import examine
 from nbdpull.source.disks import QemuDisk, check_iothreads, find_disks
 from nbdpull.source.fleecing import (
     QemuOptions,
@@ -35,7 +34,6 @@ from nbdpull.source.fleecing import (
 )
 from nbdpull.source.leftovers import sweep
 from nbdpull.source.lifeline import Lifeline
-from nbdpull.source.machine import describe
 from nbdpull.source.names import RunNames
 from nbdpull.source.place import HERE, Place, RunFolder
 from nbdpull.source.presence import check_present
@@ -44,6 +42,9 @@ from nbdpull.source.rundir import FoundRun
 from nbdpull.source.takeover import check_whole, find_unfinished
 from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
+
+if TYPE_CHECKING:
+    from nbdpull.model.outcomes import Finding
 
 __all__ = ["QemuSource", "vm_name"]
 
@@ -149,11 +150,15 @@ class QemuSource:
         """See `Source.machine`: what QMP tells, as JSON."""
         if self._monitor.storage_daemon:
             return None
+        from nbdpull.source.machine import describe  # noqa: PLC0415 - seldom asked for
+
         text = json.dumps(await describe(self._monitor), indent=1, sort_keys=True) + "\n"
         return "qemu.json", text.encode("utf-8", "replace")
 
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
+        from nbdpull.source.checkup import examine  # noqa: PLC0415 - no backup asks for it
+
         return await examine(self._monitor, self._options, self._place)
 
     @asynccontextmanager
