@@ -10,10 +10,11 @@ once each. The two never meet in one page.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -26,7 +27,27 @@ __all__ = ["FileWriter", "pwrite_all"]
 _PAGE = mmap.PAGESIZE
 _WORTH = 128 * 1024
 """Bytes for each direct write, on the average, from which on they are."""
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
+
+
+def _fallocate_of_libc() -> Callable[[int, int, int], int]:
+    """fallocate(2) that leaves a file's size as it is: not 0 where it failed.
+
+    Python has posix_fallocate alone, which writes into every block where the storage can't allocate.
+    """
+    libc = ctypes.CDLL(None)
+    # "64" takes 64-bit offsets on every machine; libraries without it have no others.
+    call = getattr(libc, "fallocate64", None) or libc.fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+    def fallocate(fd: int, offset: int, length: int) -> int:
+        return int(call(fd, _KEEP_SIZE, offset, length))
+
+    return fallocate
+
+
+_fallocate = _fallocate_of_libc()
 
 
 def pwrite_all(fd: int, data: memoryview, offset: int) -> None:
@@ -57,6 +78,7 @@ class FileWriter:
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT
             self._direct_fd = os.open(f"/proc/self/fd/{fd}", flags)
         self.direct = self._direct_fd >= 0
+        self._allocates = True
 
     def write(self, data: Buffer, offset: int, runs: Sequence[tuple[int, int]]) -> int:
         """Put the `runs` of `data`, which begins at `offset` of the file, where they belong.
@@ -89,6 +111,7 @@ class FileWriter:
     def _write_direct(self, view: memoryview, offset: int, start: int, end: int) -> int:
         """Write whole pages; where in `view` it stopped, because this storage takes no more of them."""
         while start < end and self.direct:
+            self._allocate(offset + start, end - start)
             try:
                 done = os.pwrite(self._direct_fd, view[start:end], offset + start)
             except OSError as exc:
@@ -101,6 +124,16 @@ class FileWriter:
             if done % _PAGE:
                 break
         return start
+
+    def _allocate(self, offset: int, length: int) -> None:
+        """Have room for the next direct write, where this storage can be asked for it.
+
+        ext4 takes a file's lock alone for a direct write into a hole, until the storage has answered,
+        and shares it where room was allocated before.
+        """
+        if self._allocates and _fallocate(self._direct_fd, offset, length):
+            # Where the disk is full the write says so in a moment.
+            self._allocates = False
 
     def wrote(self, length: int) -> None:
         """Count bytes that the caller wrote through the page cache by other means."""

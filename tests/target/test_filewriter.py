@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdpull.errors import TargetError
+from nbdpull.target import filewriter
 from nbdpull.target.base import Buffer
 from nbdpull.target.filewriter import FileWriter
 from nbdpull.target.rawfile import RawFile
@@ -102,6 +103,45 @@ def test_what_the_storage_does_not_take_directly_goes_through_the_cache(
     path = tmp_path / "d.raw"
     fill(Paged(RawFile(path, len(disk), force=False)), disk, threads=1)
     assert path.read_bytes() == disk
+
+
+def test_a_direct_write_finds_its_room_allocated_and_no_more_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room: list[int] = []
+    pwrite = os.pwrite
+
+    def noted(fd: int, data: Buffer, offset: int) -> int:
+        room.append(os.fstat(fd).st_blocks * 512)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    path = tmp_path / "d.raw"
+    target = Paged(RawFile(path, 8 * MIB, force=False))
+    target.write(3 * MIB, random_bytes(MIB))
+    target.zero(0, 3 * MIB)
+    target.zero(4 * MIB, 4 * MIB)
+    target.finish()
+    assert bool(room[0] >= MIB) == _takes_direct(tmp_path)
+    assert path.stat().st_size == 8 * MIB
+    assert path.stat().st_blocks * 512 < 2 * MIB
+
+
+def test_storage_that_cannot_allocate_is_asked_once_and_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refuse(_fd: int, offset: int, _length: int) -> int:
+        asked.append(offset)
+        return -1
+
+    monkeypatch.setattr(filewriter, "_fallocate", refuse)
+    disk = random_bytes(3 * MIB)
+    path = tmp_path / "d.raw"
+    fill(Paged(RawFile(path, len(disk), force=False)), disk, threads=1)
+    assert path.read_bytes() == disk
+    assert len(asked) == (1 if _takes_direct(tmp_path) else 0)
 
 
 def test_a_failed_direct_write_is_a_target_error(
