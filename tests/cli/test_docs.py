@@ -37,7 +37,7 @@ def test_every_option_is_documented(verb: str) -> None:
 def test_every_exit_code_is_documented() -> None:
     codes = {
         value.exit_code
-        for value in vars(nbdpull).values()
+        for value in (getattr(nbdpull, name) for name in nbdpull.__all__)
         if inspect.isclass(value) and issubclass(value, nbdpull.Error)
     }
     for text in (section("Exit codes"), (DOCS.parent / "README.md").read_text(encoding="utf-8")):
