@@ -47,6 +47,7 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.disknames import check_names
 from nbdpull.ops.heal import Healer
+from nbdpull.ops.kept import Kept
 from nbdpull.ops.lineage import Chain, backup_level, known_checkpoints, known_disks, parent_of
 from nbdpull.ops.machinestate import (
     MachinePart,
@@ -531,6 +532,7 @@ class _Run:
                     audit=self.options.audit if served.whole else None,
                     healer=Healer(self.repository, session, reader, size=one.disk.size),
                     journal=journal,
+                    kept=Kept() if served.again else None,
                 )
             )
         return pulls

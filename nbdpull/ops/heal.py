@@ -228,7 +228,8 @@ class Healer:
                 digest=stored.lost.digest,
                 index=self._session.index_digest(stored.seq),
             )
-            for stored in self._stored
+            # One copy of each: a segment is planned again when a connection was lost.
+            for stored in {stored.lost.place: stored for stored in self._stored}.values()
         ]
         if rows:
             self._records.add_healed(self._session.id, rows)

@@ -47,7 +47,9 @@ from nbdpull.ops.audit import Audit
 from nbdpull.ops.extents import Overwritten, mark_changed, plan_changed, zero_where_known
 from nbdpull.ops.fairqueue import FairQueue
 from nbdpull.ops.heal import Healer
+from nbdpull.ops.kept import Kept
 from nbdpull.ops.order import Foresight, Order
+from nbdpull.ops.persist import persist
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.resuming import take_stored
@@ -102,6 +104,7 @@ class DiskPull:
         lie: set when the audit found that it is wrong: then the disk was read in full.
         healer: what of this disk the repository lost; None when nothing is known to be.
         journal: what a run that died had read of this point in time, and where to note what is read.
+        kept: set where a lost connection may be made again: its export is of this point in time, and no other.
     """
 
     name: str
@@ -114,6 +117,7 @@ class DiskPull:
     lie: list[str] = field(default_factory=list)
     healer: Healer | None = None
     journal: DiskJournal | None = None
+    kept: Kept | None = None
     granularity: int = GRAIN
     overwritten: Overwritten | None = None
     trims: bool = False
@@ -245,7 +249,10 @@ class _Meter:
 
     def start(self, disk: DiskPull) -> None:
         with self._lock:
+            again = disk.name in self._done
             self._done[disk.name] = 0
+            if again:
+                return
             self._tell(ProgressKind.DISK_START, disk, 0)
 
     def add(self, disk: DiskPull, done: int, *, read: int = 0, changed: int = 0) -> None:
@@ -300,6 +307,8 @@ def _batches(work: _SegmentWork, left: Kinds) -> list[_Batch]:
 def _left_to_read(work: _SegmentWork) -> list[_Batch]:
     """What of a segment is to be read, and what an earlier backup has there."""
     disk, left = work.disk, work.kinds
+    if disk.kept is not None:
+        left = disk.kept.take(work.index, left, work.intervals)
     if disk.journal is not None:
         left = take_stored(disk.journal, disk.session, work.index, left, work.intervals)
     batches = _batches(work, left)
@@ -315,7 +324,7 @@ class _Pull:
         self,
         disks: Sequence[DiskPull],
         cancel: threading.Event,
-        callback: ProgressCallback | None,
+        meter: _Meter,
         rate: RateLimit | None,
         *,
         pullers: int,
@@ -329,7 +338,7 @@ class _Pull:
         self.times = PullTimes(pullers)
         self._left = iter(disks)
         self.lock = threading.Lock()
-        self.meter = _Meter(callback)
+        self.meter = meter
         self.shared: dict[str, Connection] = {}
         self.unchanged: FairQueue[DiskPull] = FairQueue(1, len(disks), cancel)
         self._planning = self.lanes
@@ -410,9 +419,13 @@ class _Pull:
         if disk.context is None:
             self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
-        lie = self._audit(disk, connection, second)
-        if lie is not None:
-            disk.lie.append(lie)
+        if disk.kept is None or not disk.kept.audited:
+            lie = self._audit(disk, connection, second)
+            if lie is not None:
+                disk.lie.append(lie)
+            if disk.kept is not None:
+                disk.kept.audited = True
+        if disk.lie:
             self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
@@ -472,6 +485,9 @@ class _Pull:
                 raise Cancelled
             base = index * SEGMENT
             end = min(base + SEGMENT, disk.size)
+            if disk.kept is not None and disk.kept.is_finished(index):
+                self.meter.add(disk, end - base)
+                return []
             kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
             began = time.perf_counter()
             if dirty is None:
@@ -487,8 +503,14 @@ class _Pull:
             if trimmer is not None:
                 trimmer.trim_kind(kinds, Kind.ZERO, base, end)
             batches = _left_to_read(work)
-            to_read = sum(n for batch in batches for _, n in batch.runs) * GRAIN
-            self.meter.add(disk, end - base - min(to_read, end - base), changed=changed)
+            # The last grain may be short.
+            to_read = sum(
+                min((first + n) * GRAIN, end - base) - first * GRAIN
+                for batch in batches
+                for first, n in batch.runs
+            )
+            counted = changed if disk.kept is None or disk.kept.counts_first(index) else 0
+            self.meter.add(disk, end - base - to_read, changed=counted)
             if (changed or work.before is not None) and not batches:
                 self._finish(work)
             return [(base + batch.runs[0][0] * GRAIN, batch) for batch in batches]
@@ -627,6 +649,8 @@ class _Pull:
         )
         with self.lock:
             work.intervals.append(interval)
+        if work.disk.kept is not None:
+            work.disk.kept.note(work.index, start, found.grains, interval)
 
     def _finish(self, work: _SegmentWork) -> None:
         """Every byte of the segment is in: write its map."""
@@ -636,11 +660,18 @@ class _Pull:
             before = disk.parent.segment(work.index) if disk.parent else Segment.empty()
         work.intervals.sort(key=lambda interval: interval.start)
         disk.session.put_segment(work.index, before.overlay(work.kinds, work.intervals))
+        if disk.kept is not None:
+            disk.kept.finish(work.index)
 
 
 def _note(work: _SegmentWork, first: int, length: int, digest: bytes) -> None:
-    if work.disk.journal is not None and length:
+    """Note for whoever reads this point in time again that a range is read."""
+    if not length:
+        return
+    if work.disk.journal is not None:
         work.disk.journal.note(work.index * SEGMENT + first * GRAIN, length, digest)
+    if work.disk.kept is not None and digest == ZEROES:
+        work.disk.kept.note(work.index, first, -(-length // GRAIN), None)
 
 
 def _foresight(disk: DiskPull) -> Foresight | None:
@@ -686,19 +717,20 @@ async def pull(
     Returns:
         Where the time went.
 
-    When it returns or raises, every thread has ended and every NBD connection is closed.
+    When it returns or raises, every thread has ended and every NBD connection is closed. A connection that is
+    lost is made again a few times, where all disks are `kept`.
 
     Raises:
         NbdError: the source failed.
         RepositoryError: the repository failed.
         Cancelled: it was stopped.
     """
+    limit = None if rate is None else RateLimit(rate)
+    meter = _Meter(progress)
 
-    def work(cancel: threading.Event) -> PullTimes:
+    def once(cancel: threading.Event) -> PullTimes:
         pullers = worker_count()
-        limit = None if rate is None else RateLimit(rate)
-        state = _Pull(disks, cancel, progress, limit, pullers=pullers)
-        on_start(cancel.set)
+        state = _Pull(disks, cancel, meter, limit, pullers=pullers)
         planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
             trimming = [state.trim] if any(disk.trims for disk in disks) else []
@@ -706,5 +738,11 @@ async def pull(
         finally:
             state.close()
         return state.times
+
+    def work(stop: threading.Event) -> PullTimes:
+        on_start(stop.set)
+        if any(disk.kept is None for disk in disks):
+            return once(stop)
+        return persist(once, stop)
 
     return await in_thread(work)

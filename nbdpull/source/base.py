@@ -163,6 +163,8 @@ class ServedDisk:
             their block status; None where nobody writes.
         trims: whether what is trimmed leaves the scratch, and can't be read any more.
         near: whether `overwritten` can be asked for the whole disk, often: its scratch is on this host.
+        again: whether a connection that is lost may be made again: a network lies between, and what the export's name
+            stands for is this point in time alone.
         connections: that each reader may open at a time; more than 1 only to a server that is there for this run.
     """
 
@@ -174,6 +176,7 @@ class ServedDisk:
     overwritten: Callable[[int, int], Sequence[tuple[int, int]]] | None = None
     trims: bool = False
     near: bool = False
+    again: bool = False
     connections: int = 1
 
 

@@ -400,9 +400,18 @@ class QemuPointInTime:
             overwritten=overwritten,
             trims=self._options.trim_scratch,
             near=self._rundir.here,
+            again=self._over_network and not self._options.trim_scratch,
             connections=READ_CONNECTIONS if self._options.nbd_address is None else 1,
         )
         self.disks = (*self.disks, served)
+
+    @property
+    def _over_network(self) -> bool:
+        """Whether connections to its exports can be lost although QEMU holds them."""
+        address = self._options.nbd_address
+        if address is None:
+            return self._options.tls is not None or not self._rundir.here
+        return not is_unix(address) or not self._rundir.here
 
     async def _look_at_scratch(
         self, index: int, uri_of: Callable[[str], str]
