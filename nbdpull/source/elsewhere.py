@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdpull.errors import MonitorError, SourceError, UsageError
+from nbdpull.errors import MonitorError, NbdError, SourceError, UsageError
 from nbdpull.nbdio.connection import Connection
 from nbdpull.nbdio.status import Allocation, StatusReader
 from nbdpull.source.base import GRANULARITY
@@ -349,9 +349,10 @@ class OverwrittenElsewhere:
         self._connection: Connection | None = None
 
     def close(self) -> None:
-        """End the connection; a second call does nothing."""
-        if self._connection is not None:
-            self._connection.close()
+        """End the connection; a second call does nothing, and the next question makes a new one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def __call__(self, start: int, end: int) -> list[tuple[int, int]]:
         """The ranges of [start, end), as (start, end) in bytes; one thread at a time may ask."""
@@ -361,5 +362,9 @@ class OverwrittenElsewhere:
         reader = StatusReader(
             self._connection, "base:allocation", smallest=GRANULARITY, strict=True
         )
-        rows = zip(*reader.read(start, end), strict=True)
+        try:
+            rows = zip(*reader.read(start, end), strict=True)
+        except NbdError:
+            self.close()
+            raise
         return [(int(at), int(to)) for at, to, flags in rows if not flags & Allocation.HOLE]

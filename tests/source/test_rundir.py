@@ -9,12 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nbdpull.errors import SourceError, UsageError
+from nbdpull.errors import InUseError, SourceError, UsageError
 from nbdpull.source.rundir import RunDir, find_run, find_runs
+from nbdpull.source.unfinished import Unfinished
+from tests.source.test_unfinished import RECORD
 
 RUN = "0123abcd"
 
@@ -261,3 +264,111 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
     found.remove()
     assert not path.exists()
     assert (precious / "file").read_text() == "kept"
+
+
+# -- going on with a run that died -------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Path:
+    """The folder of a run that left its point in time on record, and died."""
+    made = create(tmp_path, RECORD.run)
+    assert made.keep_record(RECORD)
+    made.hold_back(1 << 16)
+    journal = made.journal(RECORD.backup)
+    assert journal is not None
+    journal.note(0, 0, 1 << 16, bytes(32))
+    journal.close()
+    made.leave()
+    return made.path
+
+
+def record_of(path: Path) -> Unfinished:
+    found = find_run(path)
+    assert found is not None
+    return found.record()
+
+
+def test_a_dead_run_is_taken_over_with_all_that_it_noted(dead: Path) -> None:
+    assert record_of(dead) == RECORD
+    taken = RunDir.take_over(dead, source="qmp:/y", chain="d" * 12)
+    found = find_run(dead)
+    assert found is not None
+    assert found.alive
+    assert (found.source, found.chain, found.pid) == ("qmp:/y", "d" * 12, os.getpid())
+    assert not (dead / "held").exists()
+    taken.hold_back(1 << 16)
+    journal = taken.journal(RECORD.backup)
+    assert journal is not None
+    assert journal.disk(0, 1 << 30).nbytes == 1 << 16
+    journal.close()
+    taken.close()
+    assert not dead.exists()
+
+
+def test_a_run_that_is_held_is_not_taken_over(dead: Path) -> None:
+    taken = RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+    with pytest.raises(InUseError, match="held by another process"):
+        RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+    taken.leave()
+    RunDir.take_over(dead, source="qmp:/y", chain="c" * 12).close()
+
+
+def test_a_folder_that_is_gone_is_not_taken_over(dead: Path) -> None:
+    RunDir.take_over(dead, source="qmp:/y", chain="c" * 12).close()
+    with pytest.raises(SourceError, match="can't be taken over"):
+        RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_record_that_somebody_else_may_have_written_is_not_believed(
+    dead: Path, tmp_path: Path
+) -> None:
+    """The folder is QEMU's user's where root backs up."""
+    file = dead / "resume"
+    file.chmod(0o620)
+    with pytest.raises(ValueError, match="not a file of ours"):
+        record_of(dead)
+    file.chmod(0o600)
+    (tmp_path / "link").hardlink_to(file)
+    with pytest.raises(ValueError, match="not a file of ours"):
+        record_of(dead)
+    (tmp_path / "link").unlink()
+    assert record_of(dead) == RECORD
+    os.chown(file, 65534, 65534)
+    with pytest.raises(ValueError, match="not a file of ours"):
+        record_of(dead)
+    file.rename(tmp_path / "moved")
+    file.symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match="can't be read"):
+        record_of(dead)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="not a file of ours"):
+        record_of(dead)
+    file.unlink()
+    with pytest.raises(ValueError, match="nothing on record"):
+        record_of(dead)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_journal_that_somebody_else_may_have_written_is_not_read(dead: Path) -> None:
+    os.chown(dead / "journal", 65534, 65534)
+    taken = RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+    assert taken.journal(RECORD.backup) is None
+    taken.close()
+
+
+def test_a_record_of_another_run_is_not_believed(tmp_path: Path) -> None:
+    made = create(tmp_path)
+    assert made.keep_record(replace(RECORD, backup="f" * 16))
+    made.leave()
+    with pytest.raises(ValueError, match="of another run"):
+        record_of(made.path)
+
+
+def test_a_record_is_written_once(tmp_path: Path) -> None:
+    made = create(tmp_path, RECORD.run)
+    assert made.keep_record(RECORD)
+    assert not made.keep_record(RECORD)
+    made.close()
