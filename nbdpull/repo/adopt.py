@@ -131,16 +131,20 @@ class Adoption:
         if not listed:
             return
         ended = {one.key.rpartition("/")[2] for one in self._store.list(f"m/{self._disk}")}
-        found: dict[SessionId, bytes | None] = {}
         for sid in sorted(listed.keys() - ended, reverse=True):
             intent = self._dead(SessionId(sid), listed[sid])
-            if intent is not None:
-                found[SessionId(sid)] = intent.keys
-                for one in intent.adopts:
-                    found.setdefault(one.session, one.keys)
-        for sid, keys in found.items():
-            if len(self._wanted) < ADOPTS_MAX and any(True for _ in self._store.list(f"d/{sid}")):
-                self._wanted[sid] = keys
+            if intent is None:
+                continue
+            # What it had taken over is to be had through it alone, whether or not it stored anything itself.
+            group = {SessionId(sid): intent.keys}
+            for one in intent.adopts:
+                group.setdefault(one.session, one.keys)
+            room = ADOPTS_MAX - len(self._wanted)
+            if any(map(self._has_packs, group)):
+                self._wanted |= dict(list(group.items())[:room])
+
+    def _has_packs(self, sid: SessionId) -> bool:
+        return any(True for _ in self._store.list(f"d/{sid}"))
 
     def _dead(self, sid: SessionId, made: float) -> Intent | None:
         """The intent of a session of this disk that is known to have died."""
@@ -211,6 +215,8 @@ class Adoption:
                 indexes, seqs = self._indexes(sid, sizes)
             except (DamagedError, FormatError, WrongKeyError, StoreError) as exc:
                 _log.debug("nothing of session %s is reused: %s", sid, exc)
+                continue
+            if not seqs:
                 continue
             packs += [(len(sessions), seq) for seq in seqs]
             nbytes += sum(sizes[seq] for seq in seqs)

@@ -139,6 +139,28 @@ def test_what_sessions_that_died_one_after_the_other_stored_is_reused(
     check(repository, commit(repository, session))
 
 
+def test_what_a_session_had_taken_over_is_not_lost_when_it_dies_before_it_stores_anything(
+    repository: Repository,
+) -> None:
+    first = die(repository)
+    heirs = []
+    for _ in range(2):
+        heir = repository.begin(vm="vm", disk="vda", parent=None)
+        heir.abandon()
+        heirs.append(heir.id)
+    session = begin(repository)
+    assert session.adopted.sessions == session.adopted.packs == 1
+    assert session.reused_bytes == len(CHANGES) * GRAIN
+    assert register(repository, first) == adopted_by(heirs[0])
+    assert register(repository, heirs[1]) == adopted_by(session.id)
+    manifest = commit(repository, session)
+    age(repository)
+    for _ in range(2):
+        collect(repository)
+    assert list(repository._store.list("s")) == []
+    check(repository, manifest)
+
+
 def test_only_the_disks_own_sessions_are_taken_over(plain: Repository) -> None:
     die(plain)
     session = plain.begin(vm="vm", disk="vdb", parent=None)
