@@ -172,6 +172,12 @@ def _image(source: str) -> ImageAddress:
         raise UsageError(
             f"source '{source}' is not understood; expected disk:[NAME=]/path/to/image"
         )
+    if found[3].startswith("rbd:"):
+        raise UsageError(
+            f"source '{source}' is no file; expected disk:[NAME=]/path/to/image: an image in Ceph that no VM"
+            f" has open is read through 'qemu-nbd --read-only -t -e 20 -f raw -k /SOCKET {found[3]}', as"
+            " NAME=nbd+unix:///?socket=/SOCKET"
+        )
     image_format = found[1]
     if image_format is not None and image_format not in _FORMATS:
         raise UsageError(

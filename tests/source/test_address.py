@@ -82,6 +82,8 @@ def test_address_is_printed_as_it_was_given(source: str) -> None:
         ("qmp+tcp://192.0.2.7:4444", "on another machine"),
         ("qmp+tcp://0.0.0.0:4444", "on another machine"),
         ("qmp+tcp://localhost.example.com:4444", "on another machine"),
+        ("disk:rbd:pool/web", r"no file; .* 'qemu-nbd --read-only .* rbd:pool/web'"),
+        ("disk:vda=rbd:pool/web:conf=/etc/ceph/b.conf", "NAME=nbd"),
         ("libvirt:", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
         ("libvirt+qemu:///system", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
         ("libvirt+qemu:///system#", r"expected libvirt:DOMAIN or libvirt\+URI#DOMAIN"),
