@@ -24,5 +24,6 @@ Nothing here imports the product. What it offers:
 - `disk.compare(a, b, one_format=..., other_format=...)`: same size and bytes, by `qemu-img
   compare`; `identical` returns it instead; `to_raw`, `image_info`.
 - `linuxguest.LinuxGuest`: Debian's kernel writing numbered records to two ext4 disks.
+- `ceph.Ceph`: a monitor and an OSD, for disks in RBD. `firmware.pflash`, `tpm.tpm_of_a_vm`: OVMF and swtpm for a `Vm`.
 - `process.spawn`, `stop`, `run`: children that die with the test run. `vm.pid_alive(pid)`.
 """
