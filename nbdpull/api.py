@@ -56,7 +56,8 @@ class Cancel:
     """Call it to end the blocking functions of one `cancellable` block: the running one and later ones.
 
     It may be called from any thread and from a signal handler, and returns at once; the function
-    returns when everything is torn down. Further calls do nothing, so that teardown is left alone.
+    returns when everything is torn down, whether a store answers or not. Further calls do nothing, so that
+    teardown is left alone.
     """
 
     # No lock: a signal handler runs in the middle of the code that would hold it. Each side writes
@@ -152,6 +153,16 @@ def cancellable() -> Iterator[Cancel]:
         yield cancel
     finally:
         _cancel.reset(token)
+
+
+def calls_left_behind() -> bool:
+    """Whether requests to a store that did not answer are still under way, in threads of their own.
+
+    They end after minutes, need nobody, and don't keep the interpreter from ending.
+    """
+    from nbdpull.repo.deadline import abandoned_calls  # noqa: PLC0415 - as below
+
+    return abandoned_calls()
 
 
 def _blocking(function: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:

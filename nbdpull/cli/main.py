@@ -190,6 +190,15 @@ def _leave() -> None:
         os._exit(0)
 
 
+def _leave_calls_behind(code: object) -> None:
+    """End here where requests to a store were given up, rather than take the interpreter down under them."""
+    api = sys.modules.get("nbdpull.api")
+    if api is not None and api.calls_left_behind():
+        from nbdpull.cli.run import end_at_once  # noqa: PLC0415 - loaded with the verb
+
+        end_at_once(code if isinstance(code, int) else 0 if code is None else 1)
+
+
 def main() -> NoReturn:
     """Run the command line of this process."""
     # What modules consist of is no garbage, and looking for some after each 700 new objects of it takes a
@@ -201,6 +210,7 @@ def main() -> NoReturn:
     try:
         program.main(prog_name="nbdpull")
     except SystemExit as exc:
+        _leave_calls_behind(exc.code)
         if exc.code == 0:
             _leave()
         raise

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Final, NoReturn
 
 from nbdpull import api
 from nbdpull.cli.console import Console
 from nbdpull.cli.password import interrupt
 from nbdpull.errors import Error
 
-__all__ = ["EXIT_FAILURE", "EXIT_WARNINGS", "run_verb"]
+__all__ = ["EXIT_FAILURE", "EXIT_WARNINGS", "end_at_once", "run_verb"]
 
 EXIT_FAILURE = 1
 EXIT_WARNINGS = 3
 _EXIT_SIGNAL = 128
+_IN_QEMU: Final = frozenset({"backup", "cleanup", "doctor", "estimate"})
+"""Verbs that a process which ends at once may leave something of in QEMU."""
+_TOLD_AT: Final = 2
 
 _log = logging.getLogger(__name__)
 
@@ -39,27 +44,39 @@ def run_verb(console: Console, work: Callable[[], int], *, verbose: bool) -> int
         api.cancellable() as cancel,
         _signals(console, cancel) as received,
     ):
-        try:
-            return work()
-        except Error as exc:
-            _log.debug("the error came from here", exc_info=exc)
-            console.error(type(exc).__name__, str(exc), exc.exit_code)
-            return exc.exit_code
-        except concurrent.futures.CancelledError as exc:
-            if not received:
-                raise
-            _log.debug("it was cancelled here", exc_info=exc)
-            return _stopped(console, received[0], exc.__cause__)
-        except ModuleNotFoundError as exc:
-            if exc.name != "nbd":
-                raise
-            console.error(
-                "ModuleNotFoundError",
-                f"libnbd's Python module 'nbd' is not installed for {sys.executable}; it is in"
-                " the system's package python3-libnbd, and scripts/setup links it into .venv",
-                EXIT_FAILURE,
-            )
-            return EXIT_FAILURE
+        return _coded(console, work, received)
+
+
+def _coded(console: Console, work: Callable[[], int], received: Sequence[int]) -> int:
+    try:
+        return work()
+    except Error as exc:
+        _log.debug("the error came from here", exc_info=exc)
+        console.error(type(exc).__name__, str(exc), exc.exit_code)
+        return exc.exit_code
+    except concurrent.futures.CancelledError as exc:
+        if not received:
+            raise
+        _log.debug("it was cancelled here", exc_info=exc)
+        return _stopped(console, received[0], exc.__cause__)
+    except ModuleNotFoundError as exc:
+        if exc.name != "nbd":
+            raise
+        console.error(
+            "ModuleNotFoundError",
+            f"libnbd's Python module 'nbd' is not installed for {sys.executable}; it is in"
+            " the system's package python3-libnbd, and scripts/setup links it into .venv",
+            EXIT_FAILURE,
+        )
+        return EXIT_FAILURE
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process, and wait for none of its threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _stopped(console: Console, signum: int, cause: BaseException | None) -> int:
@@ -75,7 +92,8 @@ def _stopped(console: Console, signum: int, cause: BaseException | None) -> int:
 def _signals(console: Console, cancel: api.Cancel) -> Iterator[list[int]]:
     """Let the first SIGINT, SIGTERM or SIGHUP cancel the running verb; yields the signals received.
 
-    Later ones are answered and change nothing: teardown in QEMU always gets to its end.
+    The second one ends the process at once. But not a verb that has something in QEMU, where teardown may
+    well get to its end: there it is told what another one would leave, and the third one ends it.
     """
     received: list[int] = []
 
@@ -83,9 +101,11 @@ def _signals(console: Console, cancel: api.Cancel) -> Iterator[list[int]]:
         received.append(signum)
         interrupt()
         if cancel.cancelled:
+            if console.verb not in _IN_QEMU or len(received) > _TOLD_AT:
+                end_at_once(_EXIT_SIGNAL + signum)
             console.note(
-                "still tearing down, which needs QEMU to answer; after a kill -9 instead, 'nbdpull"
-                " cleanup' removes what is left"
+                "still tearing down, which needs QEMU to answer; once more ends it at once, and 'nbdpull"
+                " cleanup' then removes what is left"
             )
         elif cancel.running:
             cancel()

@@ -58,7 +58,8 @@ from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
 from nbdpull.ops.resuming import RESUME_WITHIN_S, check_same, find_unfinished
 from nbdpull.ops.reusing import Reusing
-from nbdpull.ops.threads import call
+from nbdpull.ops.threads import call, store_deadline, wait_for_stores_again
+from nbdpull.repo.deadline import abandoned_calls
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
 from nbdpull.source.base import (
     CannotGoOnError,
@@ -91,6 +92,10 @@ log = logging.getLogger(__name__)
 
 AUDIT = 4
 """Frames: a few milliseconds a disk; 30 incrementals find a bitmap that misses 2 % of the disk with 90 %."""
+
+
+_ASK_S = 10.0
+"""How long a repository is asked whether a backup that was interrupted is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +327,7 @@ class _Run:
         self.committing = False
         self.manifests: list[Manifest] = []
         self._stop: Callable[[], None] = lambda: None
+        self._deadline = store_deadline()
 
     async def choose(self, backup_id: BackupId, level: Level | None) -> None:
         """Decide what to do with each disk, and say it."""
@@ -411,6 +417,7 @@ class _Run:
         """Forget the try to go on, once nothing of it is in use any more."""
         if isinstance(self.source, Resumable):
             await self.source.end_runs()
+        wait_for_stores_again(self._deadline)
         self.record = None
         self.journal = None
         self.sessions.clear()
@@ -661,7 +668,7 @@ class _Run:
         if committed is None:
             # Nothing is touched: the next run finds the exported bitmap, asks again, and decides.
             log.warning(
-                "whether backup %s was committed can't be asked now; its bitmaps stay in QEMU until the"
+                "whether backup %s was committed can't be told now; its bitmaps stay in QEMU until the"
                 " next backup, or 'nbdpull cleanup' with the repository, decides",
                 self.backup_id,
             )
@@ -669,13 +676,17 @@ class _Run:
         await frozen.discard()
 
     def _is_committed(self) -> bool | None:
-        """Whether the repository has the backup, although an error came; None when it can't be asked."""
+        """Whether the repository has the backup, although an error came; None when that can't be told."""
+        self._deadline.set_in(_ASK_S)
         try:
-            return any(
+            if any(
                 found.id == self.backup_id and found.complete for found in self.repository.backups()
-            )
-        except Error:
+            ):
+                return True
+        except (Error, Cancelled):
             return None
+        # What was given up may be carried out later.
+        return None if abandoned_calls() else False
 
     def _obsolete(self) -> dict[str, tuple[str, ...]]:
         """The chain's bitmaps that nothing is counted from any more, by disk name."""

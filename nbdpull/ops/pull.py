@@ -53,7 +53,7 @@ from nbdpull.ops.persist import persist
 from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.resuming import take_stored
-from nbdpull.ops.threads import give_way, in_thread, run_all, worker_count
+from nbdpull.ops.threads import give_way, in_thread, run_all, store_deadline, worker_count
 from nbdpull.ops.trimming import Trimmer, trim_unchanged
 from nbdpull.repo.repository import DiskReader, Found, KnownFrame, Session
 from nbdpull.source.journal import ZEROES, DiskJournal
@@ -718,7 +718,8 @@ async def pull(
         Where the time went.
 
     When it returns or raises, every thread has ended and every NBD connection is closed. A connection that is
-    lost is made again a few times, where all disks are `kept`.
+    lost is made again a few times, where all disks are `kept`. The point in time is held until then, at the
+    guest's cost: so when it fails, or is stopped or cancelled, no store is waited for.
 
     Raises:
         NbdError: the source failed.
@@ -727,6 +728,15 @@ async def pull(
     """
     limit = None if rate is None else RateLimit(rate)
     meter = _Meter(progress)
+    deadline = store_deadline()
+    again = all(disk.kept is not None for disk in disks)
+
+    def give_up() -> None:
+        deadline.set_in(0)
+
+    def failed() -> None:
+        if not again:  # else what is on its way to the store is still wanted
+            give_up()
 
     def once(cancel: threading.Event) -> PullTimes:
         pullers = worker_count()
@@ -734,15 +744,17 @@ async def pull(
         planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
             trimming = [state.trim] if any(disk.trims for disk in disks) else []
-            run_all([*planners, *trimming, *[state.puller] * pullers], cancel)
+            run_all([*planners, *trimming, *[state.puller] * pullers], cancel, on_failure=failed)
         finally:
             state.close()
         return state.times
 
-    def work(stop: threading.Event) -> PullTimes:
-        on_start(stop.set)
-        if any(disk.kept is None for disk in disks):
-            return once(stop)
-        return persist(once, stop)
+    def work(cancel: threading.Event) -> PullTimes:
+        def stop() -> None:
+            cancel.set()
+            give_up()
 
-    return await in_thread(work)
+        on_start(stop)
+        return persist(once, cancel) if again else once(cancel)
+
+    return await in_thread(work, grace_s=0)

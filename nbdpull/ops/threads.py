@@ -1,8 +1,13 @@
-"""Blocking work below an async verb: one thread that is told to stop, and waited for, when cancelled."""
+"""Blocking work below an async verb: one thread that is told to stop, and waited for, when cancelled.
+
+It has nothing to wait for then but its own cleaning up: calls to a store are given up, see
+`nbdpull.repo.deadline`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -10,13 +15,24 @@ from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from nbdpull.nbdio.connection import Cancelled
+from nbdpull.repo.deadline import Deadline, current
 
-__all__ = ["call", "give_way", "in_thread", "run_all", "worker_count"]
+__all__ = [
+    "call",
+    "give_way",
+    "in_thread",
+    "run_all",
+    "store_deadline",
+    "wait_for_stores_again",
+    "worker_count",
+]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _MAX_WORKERS = 16
 _NICE = 10
+_GRACE_S = 2.0
+"""For what a store is asked when a verb is cancelled: its answer comes by far sooner, or not soon at all."""
 
 
 def worker_count() -> int:
@@ -34,19 +50,39 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
-async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
+def store_deadline() -> Deadline:
+    """Of the running verb: when it gives up its calls to stores. Only for tasks, not for their threads."""
+    deadline = current.get()
+    task = asyncio.current_task()
+    # It may be that of a verb which was cancelled, or, in a task that was started after it, another verb's.
+    if deadline is None or deadline.is_set or deadline.owner() is not task:
+        deadline = Deadline(task)
+        current.set(deadline)
+    return deadline
+
+
+def wait_for_stores_again(deadline: Deadline) -> None:
+    """Let the running verb, whose `store_deadline` that was, go on with its stores after a pull that failed."""
+    deadline.clear()
+    current.set(deadline)
+
+
+async def in_thread(work: Callable[[threading.Event], _T], *, grace_s: float = _GRACE_S) -> _T:
     """What `work` returns or raises, run in a thread of its own.
 
     When the caller is cancelled, the event given to `work` is set, and its end is waited for before
-    `CancelledError` goes on: no thread outlives the call, and `work` has cleaned up.
+    `CancelledError` goes on: `work` has cleaned up, and no thread outlives the call but those of requests
+    to a store that did not answer for `grace_s` more.
     """
     loop = asyncio.get_running_loop()
+    deadline = store_deadline()
+    context = contextvars.copy_context()
     cancel = threading.Event()
     result: asyncio.Future[_T] = loop.create_future()
 
     def run() -> None:
         try:
-            value = work(cancel)
+            value = context.run(work, cancel)
         except BaseException as exc:  # noqa: BLE001 - handed on to the event loop
             loop.call_soon_threadsafe(result.set_exception, exc)
         else:
@@ -60,8 +96,10 @@ async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
         try:
             await asyncio.wait([result])
         except asyncio.CancelledError as exc:
-            cancelled = cancelled or exc
-            cancel.set()
+            if cancelled is None:
+                cancelled = exc
+                cancel.set()
+                deadline.set_in(grace_s)
     thread.join()
     if cancelled is None:
         return result.result()
@@ -76,10 +114,16 @@ async def call(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) 
     return await in_thread(lambda _cancel: function(*args, **kwargs))
 
 
-def run_all(workers: Sequence[Callable[[], None]], cancel: threading.Event) -> None:
+def run_all(
+    workers: Sequence[Callable[[], None]],
+    cancel: threading.Event,
+    *,
+    on_failure: Callable[[], None] = lambda: None,
+) -> None:
     """Run each in a thread of its own until all have ended.
 
     The first failure sets `cancel`, which each worker must look at, and is raised when all have ended.
+    `on_failure` is called then, too, by the thread that failed.
     """
     lock = threading.Lock()
     failures: list[BaseException] = []
@@ -91,6 +135,7 @@ def run_all(workers: Sequence[Callable[[], None]], cancel: threading.Event) -> N
             with lock:
                 failures.append(exc)
             cancel.set()
+            on_failure()
 
     threads = [
         threading.Thread(target=run, args=(work,), name="nbdpull-worker", daemon=True)

@@ -24,6 +24,7 @@ from blake3 import blake3
 
 from nbdpull.errors import StoreError
 from nbdpull.model.ids import SessionId
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.store import Store
 
 __all__ = ["IDLE_S", "KeepAlive", "has_died", "process_token"]
@@ -73,6 +74,8 @@ def _run(store: Store, sid: SessionId, stopped: threading.Event) -> None:
         except StoreError as exc:
             _log.debug("session %s could not say that it lives: %s", sid, exc)
             wait_s = _AGAIN_S
+        except Cancelled:
+            return
         else:
             wait_s = EVERY_S
         number += 1

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import obstore
@@ -28,6 +29,7 @@ from nbdpull.errors import StoreError
 from nbdpull.model.config import Lock
 from nbdpull.repo.buffer import Budget, MemoryUpload
 from nbdpull.repo.cloud import Cloud
+from nbdpull.repo.deadline import current, in_time
 from nbdpull.repo.objectlock import lock_headers, lockable, locked_until
 from nbdpull.repo.patience import PATIENCE, Patience
 from nbdpull.repo.retention import CONNECTIONS, Retention, load
@@ -70,6 +72,7 @@ class ObjectStore:
         self.cloud = cloud
         self._patience = patience
         self._budget = Budget()
+        self._deadline = current.get()
         self._met = False
         self._small = self._handle(patience.small_s)
         self._bulk = self._handle(patience.bulk_s)
@@ -154,9 +157,10 @@ class ObjectStore:
     def _locked_until(self, key: str, lock: Lock) -> float:
         """When its lock ends: as it was made, or as it was extended."""
         made = locked_until(self.stat(key).modified, lock)
-        if time.time() < made or self._retention is None:
+        retention = self._retention
+        if time.time() < made or retention is None:
             return made
-        return self._retention.until(key)
+        return self._in_time(lambda: retention.until(key))
 
     def hold(self, keys: Iterable[str], until: float, further: float) -> int | None:
         """Extend the locks of objects that end before `until`, to `further`; how many that were.
@@ -176,9 +180,9 @@ class ObjectStore:
             return None
 
         def one(key: str) -> bool:
-            short = retention.until(key) < until
+            short = self._in_time(lambda: retention.until(key)) < until
             if short:
-                retention.extend(key, lock.mode, further)
+                self._in_time(lambda: retention.extend(key, lock.mode, further))
             return short
 
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
@@ -211,7 +215,16 @@ class ObjectStore:
 
         Raises:
             StoreError: it kept failing, or `stopped` was set meanwhile.
+            Cancelled: the verb's deadline was over before it was done.
         """
+        return self._in_time(lambda: self._try(what, key, work, stopped))
+
+    def _in_time(self, work: Callable[[], _T]) -> _T:
+        return in_time(self._deadline, work)
+
+    def _try(
+        self, what: str, key: str, work: Callable[[], _T], stopped: threading.Event | None
+    ) -> _T | Trouble:
         began = time.monotonic()
         pause_s = self._patience.pause_s
         while True:
@@ -229,9 +242,10 @@ class ObjectStore:
             if trouble.kind is not Kind.PASSING:
                 return trouble
             limit_s = self._patience.retry_s if self._met else self._patience.first_s
-            if (stopped is not None and stopped.is_set()) or (
-                time.monotonic() - began + pause_s > limit_s
-            ):
+            given_up = (stopped is not None and stopped.is_set()) or (
+                self._deadline is not None and self._deadline.over
+            )
+            if given_up or time.monotonic() - began + pause_s > limit_s:
                 raise self._error(what, key, trouble) from failed
             _log.info("%s %s: %s; trying again", what, key, trouble.words)
             wait_s = pause_s * (0.5 + random.random() / 2)  # noqa: S311 - no secret
@@ -301,7 +315,7 @@ class ObjectStore:
             # or the object was deleted just now.
             if time.monotonic() - began > self._patience.retry_s:
                 raise self._error("create", key, done)
-            time.sleep(pause_s)
+            self._in_time(partial(time.sleep, pause_s))
             pause_s = min(2 * pause_s, self._patience.pause_max_s)
 
     def _holds(self, key: str, data: memoryview) -> bool | None:
@@ -404,7 +418,7 @@ class ObjectStore:
         pages = obstore.list(self._pages, prefix or None, chunk_size=1000)
         while True:
             try:
-                page = next(pages, None)
+                page = self._in_time(lambda: next(pages, None))
             except (BaseError, FileNotFoundError) as exc:
                 text = str(exc)
                 trouble = diagnose(text)

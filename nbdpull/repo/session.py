@@ -48,6 +48,7 @@ from nbdpull.model.manifest import (
 )
 from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Segment
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.adopt import Adopted
 from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
@@ -320,6 +321,8 @@ class Session:
     def _check(self) -> None:
         if self._abandoned:
             raise StoreError("this backup was given up")
+        if isinstance(self._failure, Cancelled):
+            raise Cancelled from self._failure
         if self._failure is not None:
             raise StoreError(f"writing this backup failed before: {self._failure}")
         if self._sealed:
@@ -433,6 +436,8 @@ class Session:
     def _wait_for_packs(self) -> None:
         for _ in range(_BACKGROUND):  # when all slots are free all packs are durable, or failed
             self._slots.acquire()
+        if isinstance(self._failure, Cancelled):
+            raise Cancelled from self._failure
         if self._failure is not None:
             raise StoreError(f"a pack could not be written: {self._failure}") from self._failure
 

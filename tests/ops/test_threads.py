@@ -10,7 +10,16 @@ from collections.abc import Callable
 import pytest
 
 from nbdpull.nbdio.connection import Cancelled
-from nbdpull.ops.threads import call, give_way, in_thread, run_all, worker_count
+from nbdpull.ops.threads import (
+    call,
+    give_way,
+    in_thread,
+    run_all,
+    store_deadline,
+    wait_for_stores_again,
+    worker_count,
+)
+from nbdpull.repo.deadline import Deadline, current, in_time
 
 
 def test_result_and_error_come_back() -> None:
@@ -95,6 +104,44 @@ def test_result_that_came_although_cancelled_is_no_result() -> None:
         return 7
 
     assert isinstance(cancelled_in_the_middle(work), asyncio.CancelledError)
+
+
+def test_each_verb_has_a_deadline_of_its_own_also_when_many_run_at_once() -> None:
+    async def verb() -> Deadline:
+        await call(int)
+        first = store_deadline()
+        assert await in_thread(lambda _cancel: current.get()) is first
+        return first
+
+    async def run() -> None:
+        before = await verb()
+        assert store_deadline() is before
+        one, other = await asyncio.gather(verb(), verb())
+        assert len({id(one), id(other), id(before)}) == 3
+        before.set_in(0)
+        assert store_deadline() is not before
+        wait_for_stores_again(before)
+        assert store_deadline() is before
+        assert not before.over
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_call_does_not_wait_for_a_store() -> None:
+    gate = threading.Event()
+
+    def work(begun: threading.Event, _cancel: threading.Event) -> None:
+        def hang() -> None:
+            begun.set()
+            gate.wait(240)
+
+        in_time(current.get(), hang)
+
+    try:
+        raised = cancelled_in_the_middle(work)
+    finally:
+        gate.set()
+    assert isinstance(raised, asyncio.CancelledError)
 
 
 def test_all_run_at_once_and_to_their_end() -> None:
