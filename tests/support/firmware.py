@@ -17,6 +17,8 @@ _HEADER = struct.Struct("<HBBIQ16sIII16s")  # AUTHENTICATED_VARIABLE_HEADER of E
 _START_ID = 0x55AA
 _ADDED = 0x3F
 _BEING_REPLACED = 0x3E  # valid until the new one is there
+_UNUSED = 0xFF
+_UNWRITTEN = 0xFFFFFFFF
 
 
 def pflash(variables: Path) -> list[str]:
@@ -36,6 +38,8 @@ def uefi_variables(flash: bytes) -> dict[str, bytes]:
         start, state, _, _, _, _, _, names, values, _ = _HEADER.unpack_from(flash, at)
         if start != _START_ID:
             break
+        if state == _UNUSED or _UNWRITTEN in {names, values}:
+            names = values = 0  # the machine was stopped while this header was being written
         name = at + _HEADER.size
         value = name + names
         text = flash[name : value - 2].decode("utf-16-le", errors="replace")
