@@ -15,6 +15,7 @@ import pytest
 
 import nbdpull
 from tests.integration.conftest import Keeper
+from tests.support.bootwriter import BootWriter
 from tests.support.disk import MIB, compare, create_disk
 from tests.support.process import run, stop
 from tests.support.proxy import Fault, Proxy, Request, proxy
@@ -169,6 +170,47 @@ def test_a_signal_while_the_commit_hangs_leaves_a_chain_that_goes_on(
         assert third.disks[0].changed_bytes == 64 << 10
         vm.qemu_io("vda", "flush")
         compare(far.restore(third.backup)["vda"], disk.path, other_format="qcow2")
+
+
+@pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
+def test_scratch_that_fills_up_while_the_store_hangs_ends_the_backup_and_not_the_guest(
+    far: Keeper, front: Proxy, tmp_path: Path, mode: tuple[str, ...]
+) -> None:
+    disk = create_disk(tmp_path, "vda", size=256 * MIB)
+    small = tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
+    try:
+        with Vm([disk], writer=BootWriter(disks=1, pause_us=0)) as vm:
+            vm.wait_written(10)
+            vm.pause()
+            vm.qemu_io("vda", noise(tmp_path, 144 * MIB))
+            front.plan = hang = Hang(
+                lambda request: request.method == "PUT" and part(request) == "d", hanging=2
+            )
+            client = start(front, "backup", vm.uri, "-r", far.repository, "--scratch", small, *mode)
+            try:
+                while not hang.reached.wait(0.1):
+                    assert client.poll() is None, client.communicate()
+                vm.cont()  # it overwrites 16 MiB, and there is room for four
+                _, err = client.communicate(timeout=_GUARD_S)
+            finally:
+                stop(client)
+                front.plan = lambda _request: None
+            assert client.returncode == 13, err
+            assert "--scratch" in err.splitlines()[-1]
+            assert vm.status() == "running"
+            vm.wait_written(10)
+            assert not any(vm.leftovers().values())
+            assert list(small.iterdir()) == []
+            with vm.halted():
+                truth = vm.copy_disks(tmp_path / "truth")
+                done = far.backup(vm.uri)
+            # Two packs were stored, of which the guest has overwritten up to 16 MiB.
+            assert done.disks[0].reused_bytes > 40 * MIB
+            compare(far.restore(done.backup)["vda"], truth["vda"])
+    finally:
+        run(["umount", small])
 
 
 @pytest.mark.parametrize("verb", ["restore", "restore -", "verify", "copy", "gc", "list"])
