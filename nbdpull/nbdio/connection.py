@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbdpull.errors import NbdError, UsageError
-from nbdpull.nbdio.errors import Cancelled, DroppedError, RefusedError, ReplyError
+from nbdpull.nbdio.errors import Cancelled, DroppedError, RefusedError, ReplyError, TlsError
 from nbdpull.nbdio.readahead import ReadAhead
 
 __all__ = [
@@ -408,14 +408,19 @@ def _start(uri: str, contexts: tuple[str, ...]) -> nbd.NBD:
         handle.aio_connect_uri(uri)
     except nbd.Error as exc:
         check_uri(uri)
-        if exc.errnum in {errno.EINVAL, errno.ENOTSUP}:
+        # Not when it had begun to connect: a server that insists on TLS may say so before this call returns.
+        if exc.errnum in {errno.EINVAL, errno.ENOTSUP} and handle.aio_is_created():
             raise UsageError(f"NBD address '{uri}' is not usable ({exc.string}); {_FORMS}") from exc
         raise _unconnected(uri, exc) from exc
     return handle
 
 
 def _unconnected(uri: str, exc: nbd.Error) -> NbdError:
-    kind = RefusedError if exc.errnum == errno.ECONNREFUSED else NbdError
+    kind: type[NbdError] = RefusedError if exc.errnum == errno.ECONNREFUSED else NbdError
+    # libnbd gives the errors of the TLS library no number, nor those that only say that the network was lost.
+    lost = any(words in exc.string for words in ("terminated", "pull function", "push function"))
+    if exc.errnum == errno.ENOTSUP or ("gnutls" in exc.string and not lost):
+        kind = TlsError
     return kind(f"can't connect to {uri}: {exc}")
 
 

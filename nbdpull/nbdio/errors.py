@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbdpull.errors import NbdError
 
-__all__ = ["Cancelled", "DroppedError", "RefusedError", "ReplyError"]
+__all__ = ["Cancelled", "DroppedError", "RefusedError", "ReplyError", "TlsError"]
 
 
 class Cancelled(Exception):
@@ -17,6 +17,10 @@ class DroppedError(NbdError):
 
 class RefusedError(NbdError):
     """Nobody listens at that address."""
+
+
+class TlsError(NbdError):
+    """The server wants TLS and gets none, or one side does not trust the other."""
 
 
 class ReplyError(NbdError):

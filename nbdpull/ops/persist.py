@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from nbdpull.errors import NbdError
-from nbdpull.nbdio.connection import Cancelled, ReplyError
+from nbdpull.nbdio.errors import Cancelled, ReplyError, TlsError
 
 __all__ = ["persist"]
 
@@ -33,7 +33,7 @@ def persist(once: Callable[[threading.Event], _T], stop: threading.Event) -> _T:
 
     Raises:
         Cancelled: `stop` was set.
-        NbdError: the server refused something, or the connection stays lost.
+        NbdError: the server refused something, neither side trusts the other, or the connection stays lost.
     """
     pauses = iter(_PAUSES_S)
     while True:
@@ -41,8 +41,8 @@ def persist(once: Callable[[threading.Event], _T], stop: threading.Event) -> _T:
         began = time.monotonic()
         try:
             return once(cancel)
-        except ReplyError:
-            raise
+        except (ReplyError, TlsError):
+            raise  # it would be the same the next time
         except NbdError as exc:
             if time.monotonic() - began > _WELL_S:
                 pauses = iter(_PAUSES_S)

@@ -13,6 +13,7 @@ from nbdpull.errors import NbdError
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.results import Progress, ProgressKind
 from nbdpull.nbdio.connection import Cancelled, socket_of
+from nbdpull.nbdio.errors import ReplyError, TlsError
 from nbdpull.ops import persist as module
 from nbdpull.ops.kept import Kept
 from nbdpull.ops.persist import persist
@@ -111,3 +112,19 @@ def test_a_stop_ends_a_try_and_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(Cancelled):
         persist(fails, paused)
+
+
+@pytest.mark.parametrize("kind", [TlsError, ReplyError])
+def test_what_would_be_refused_again_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, kind: type[NbdError]
+) -> None:
+    monkeypatch.setattr(module, "_PAUSES_S", (600.0,) * 5)
+    tries = []
+
+    def refused(_cancel: threading.Event) -> None:
+        tries.append(1)
+        raise TlsError("certificate") if kind is TlsError else ReplyError("no", errnum=5)
+
+    with pytest.raises(kind):
+        persist(refused, threading.Event())
+    assert tries == [1]
