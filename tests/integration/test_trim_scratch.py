@@ -13,7 +13,7 @@ import pytest
 import nbdpull
 from nbdpull.nbdio.connection import Connection, ReplyError, unix_uri
 from nbdpull.nbdio.tls import Tls
-from nbdpull.ops import pull
+from nbdpull.ops import pull, pullmeter
 from nbdpull.ops.threads import worker_count
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.open import check_source
@@ -43,7 +43,7 @@ def few_mib(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def every_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pull tell of each frame that it read; with as many workers as on two cores."""
-    monkeypatch.setattr(pull, "_PROGRESS_S", 0.0)
+    monkeypatch.setattr(pullmeter, "_PROGRESS_S", 0.0)
     monkeypatch.setattr(pull, "worker_count", lambda: 4)
 
 

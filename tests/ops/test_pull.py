@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, frame_runs
 from nbdpull.nbdio.status import StatusReader
 from nbdpull.ops.extents import mark, plan_changed, zero_where_known
-from nbdpull.ops.pull import DiskPull, _batches, _is_zero, _SegmentWork
+from nbdpull.ops.puller import _is_zero
+from nbdpull.ops.pullwork import DiskPull, SegmentWork, batches
 
 GRAINS = 96
 BASE = 3 * SEGMENT
@@ -128,14 +129,14 @@ def test_changed_grains_are_data_or_zero_and_never_clean(
         assert set(range(start // GRAIN, end // GRAIN)) <= wanted
 
 
-def work_of(kinds: Kinds) -> _SegmentWork:
-    return _SegmentWork(cast(DiskPull, None), 0, kinds, [], 0)
+def work_of(kinds: Kinds) -> SegmentWork:
+    return SegmentWork(cast(DiskPull, None), 0, kinds, [], 0)
 
 
 @given(st.lists(st.sampled_from(list(Kind)), max_size=600))
 def test_batches_hold_every_run_once_and_in_order(kinds: list[Kind]) -> None:
     work = work_of(np.array(kinds, dtype=np.uint8))
-    made = _batches(work, work.kinds)
+    made = batches(work, work.kinds)
     runs = [run for batch in made for run in batch.runs]
     assert runs == frame_runs(work.kinds)
     assert work.open_batches == len(made)
@@ -144,13 +145,13 @@ def test_batches_hold_every_run_once_and_in_order(kinds: list[Kind]) -> None:
 
 def test_batches_are_cut_by_bytes_and_by_count() -> None:
     work = work_of(np.full(SEGMENT // GRAIN, Kind.DATA, dtype=np.uint8))
-    whole = _batches(work, work.kinds)
+    whole = batches(work, work.kinds)
     assert {sum(n for _, n in batch.runs) * GRAIN for batch in whole} == {4 << 20}
     kinds = np.full(SEGMENT // GRAIN, Kind.CLEAN, dtype=np.uint8)
     kinds[::2] = Kind.DATA
-    assert max(len(batch.runs) for batch in _batches(work_of(kinds), kinds)) == 64
+    assert max(len(batch.runs) for batch in batches(work_of(kinds), kinds)) == 64
     zero = np.full(8, Kind.ZERO, dtype=np.uint8)
-    assert _batches(work_of(zero), zero) == []
+    assert batches(work_of(zero), zero) == []
 
 
 def test_zero_is_all_zero() -> None:
