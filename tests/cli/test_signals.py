@@ -40,7 +40,10 @@ ARGS = ("backup", "qmp:/s", "-r", "x")
 
 
 def started(*args: str, patch: str = SLOW) -> subprocess.Popen[str]:
-    process = spawn_cli(*args, patch=patch)
+    # The tests themselves may run under nohup, whose children don't hear of SIGHUP either.
+    process = spawn_cli(
+        *args, patch=patch, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )
     assert process.stderr is not None
     assert process.stderr.readline() == "started\n"
     return process
