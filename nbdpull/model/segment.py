@@ -157,6 +157,11 @@ class Segment:
         _fill(owner, self._rows, 0)
         return owner >= 0
 
+    def covers(self, grain: int) -> bool:
+        """Whether an interval covers this grain."""
+        at = int(np.searchsorted(self._rows[:, 0], grain, side="right")) - 1
+        return at >= 0 and grain < int(self._rows[at, 0] + self._rows[at, 1])
+
     def whole_frames(self, kinds: Kinds) -> Segment:
         """Intervals that show a frame from its first to its last grain, all of them DATA in `kinds`."""
         start, n, skip, flen = (

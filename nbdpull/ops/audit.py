@@ -123,7 +123,7 @@ class Audit:
         """Whether the disk's very end, clean and zero then, is zero now: some storage grows with old data."""
         last = len(kinds) - 1
         then = self._map(index)
-        if then is None or kinds[last] != Kind.CLEAN or then.covered(last + 1)[last]:
+        if then is None or kinds[last] != Kind.CLEAN or then.covers(last):
             return None
         offset = index * SEGMENT + last * GRAIN
         if not any(self.read(offset, self.size - offset)):

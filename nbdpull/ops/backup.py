@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -61,10 +60,12 @@ from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call, store_deadline, wait_for_stores_again
 from nbdpull.repo.deadline import abandoned_calls
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
+from nbdpull.source.address import MonitorAddress
 from nbdpull.source.base import (
     CannotGoOnError,
     Disk,
     DiskPlan,
+    Known,
     PointInTime,
     RecordedPointInTime,
     Resumable,
@@ -192,6 +193,22 @@ def _tls(options: BackupOptions) -> Tls | None:
     return look_at_tls(options.tls, server=ours)
 
 
+def _open(options: BackupOptions) -> Repository:
+    """The repository, once backups may be added to it."""
+    repository = Repository.open(options.repository, write=True, keys=options.keys)
+    repository.check_original()
+    return repository
+
+
+def _look_up(
+    options: BackupOptions, repository: Repository, vm: str, say: Callable[[str], None]
+) -> tuple[Chain, Reusing]:
+    """What the repository has of the chain, and what is shared with other backups."""
+    chain = Chain(repository, vm, options.chain, sees_changes_only=options.guest_first)
+    reuse = Reusing.open(repository, base=options.base, digest_cache=options.digest_cache, say=say)
+    return chain, reuse
+
+
 async def _recover(
     source: Source,
     options: BackupOptions,
@@ -240,21 +257,24 @@ async def backup(
         bitmaps=options.bitmaps,
         tls=_tls(options),
     )
-    check_source(options.source, qemu)
+    address = check_source(options.source, qemu)
     if options.since is not None and not options.bitmaps:
         raise UsageError("--since is about the changes that --bitmap tells; give both, or neither")
-    definitions = await call(read_definitions, options.definitions, options.tpm_state)
+    definitions: Sequence[File] = ()
+    if options.keeps_machine:
+        definitions = await call(read_definitions, options.definitions, options.tpm_state)
     check_names("chain", [options.chain])
     check_names("tag", options.tags)
     check_names("VM", [options.vm])
-    repository = await call(Repository.open, options.repository, write=True, keys=options.keys)
-    await call(repository.check_original)
+    repository = await call(_open, options)
 
     def say(text: str) -> None:
         if progress is not None:
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))
 
-    known = await call(known_disks, repository, options.vm)
+    known: Known = lambda _names: ()  # noqa: E731 - a VM that runs tells what its disks are called
+    if not isinstance(address, MonitorAddress):
+        known = await call(known_disks, repository, options.vm)
     recall = known_checkpoints(repository, options.vm)
     async with (
         open_source(options.source, qemu, known=known, recall=recall) as source,
@@ -266,23 +286,14 @@ async def backup(
             if warning is not None:
                 say(warning)
             check_names("VM", [vm])
-        chain = await call(
-            Chain, repository, vm, options.chain, sees_changes_only=options.guest_first
-        )
-        reuse = await call(
-            Reusing.open,
-            repository,
-            base=options.base,
-            digest_cache=options.digest_cache,
-            say=say,
-        )
+        chain, reuse = await call(_look_up, options, repository, vm, say)
         stack.callback(reuse.close)
         run = _Run(options, source, repository, chain, progress, reuse)
         run.definitions = definitions
         if (done := await run.go_on()) is not None:
             return done
         await _recover(source, options, chain, say)
-        await run.choose(BackupId(secrets.token_hex(8)), options.level)
+        await run.choose(BackupId(os.urandom(8).hex()), options.level)
         if options.keeps_machine:
             run.described = await source.machine()
         return await run.go()
@@ -452,7 +463,8 @@ class _Run:
             async with self._freeze(record, plans) as frozen:
                 self.record = record
                 # Before anything else: it can't be frozen, and is to be as old as the disks.
-                await call(self._keep_machine)
+                if self.options.keeps_machine:
+                    await call(self._keep_machine)
                 await self._keep_record(frozen, began)
                 pulls = await call(self._begin, frozen)
                 await self._pull(frozen, pulls)
@@ -465,7 +477,8 @@ class _Run:
                 await self._give_up(frozen)
             raise
         warnings = await frozen.confirm(self._obsolete())
-        await call(self.reuse.learn, self.repository, self.manifests)
+        if self.reuse.cache is not None:
+            await call(self.reuse.learn, self.repository, self.manifests)
         return self._result(
             summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
         )

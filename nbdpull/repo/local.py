@@ -2,9 +2,9 @@
 
 An object is written to a file without a name (O_TMPFILE, open(2)), synced, and linked to its key:
 link(2) fails when the key is taken, which makes `create` atomic between any number of processes, and a
-killed process leaves nothing behind. Then the folder is synced, and the folders above it whose entries
+killed process leaves nothing behind. Then the folder is synced, and after it the folders above whose entries
 this process does not know to be durable yet: another process may have made them a moment ago, and not
-have synced them.
+have synced them. In this order a file system with a journal writes it once: it holds all of these entries.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _TMP_AGE_S: Final = 3600.0
 # EISDIR and ENOENT: kernels and file systems from before O_TMPFILE take it for O_DIRECTORY.
 _NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _OWN_FOLDERS: Final = ("d/", "x/")
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_TRIES: Final = 2
 _NO_OBJECT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _HINTS: Final = {
     errno.ENOSPC: "make room and try again",
@@ -56,7 +58,7 @@ def told(what: str, path: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Make a folder's entries durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, _FOLDER)
     try:
         os.fsync(fd)
     finally:
@@ -104,14 +106,8 @@ class _LocalUpload:
 
     def _link(self) -> None:
         path = self._path
-        self._store.make_folder(path.parent)
         source = self._name or f"/proc/self/fd/{self._fd}"
-        try:
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            # A collector removed it, empty, since it was made or looked for.
-            self._store.make_folder(path.parent, again=True)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = self._store.open_folder(path.parent)
         try:
             # With a folder's descriptor Python calls linkat(2), which can follow the link in /proc
             # to the file without a name; plain link(2) can't.
@@ -123,8 +119,11 @@ class _LocalUpload:
             # NFS: the link was made, its answer lost, and the retry found it.
         finally:
             # Also when the key is taken: who is told so relies on that object.
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            self._store.sync_above(path.parent)
 
     def abort(self) -> None:
         fd, self._fd = self._fd, -1
@@ -147,17 +146,34 @@ class LocalStore:
         """Where an object is."""
         return self.root / check_key(key)
 
-    def make_folder(self, folder: Path, *, again: bool = False) -> None:
-        """Make a folder of objects, and its entry durable; `again` although that was done before."""
+    def open_folder(self, folder: Path) -> int:
+        """A descriptor of a folder of objects, which is made where there is none."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                return os.open(folder, _FOLDER)
+            # Never made; or a collector removed it, empty, since it was: then its entry is another one.
+            with self._lock:
+                self._durable.discard(folder)
+            self._make(folder)
+        return os.open(folder, _FOLDER)
+
+    def _make(self, folder: Path) -> None:
+        if folder != self.root:
+            self._make(folder.parent)
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+
+    def sync_above(self, folder: Path) -> None:
+        """Make the entry of a folder of objects durable, and those of the folders above it."""
+        made = []
         with self._lock:
-            if folder in self._durable and not again:
-                return
-        self.make_folder(folder.parent)
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        sync_folder(folder.parent)
+            while folder not in self._durable:
+                made.append(folder)
+                folder = folder.parent
+        for one in made:
+            sync_folder(one.parent)
         with self._lock:
-            self._durable.add(folder)
+            self._durable.update(made)
 
     def create(self, key: str, data: bytes) -> None:
         """See `Store.create`."""

@@ -14,7 +14,6 @@ Keys, every object immutable (docs/internals/format.md):
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -147,7 +146,7 @@ class Repository:
             check_lockable(location)
         store, keys = new_store(location)
         probed = probe(store, keys=keys)
-        own = secrets.token_hex(16)
+        own = os.urandom(16).hex()
         config = Config.new(own, probed.capabilities, encrypted=password is not None, lock=lock)
         if lock is not None:
             lock_store(store, lock, trial=f"{PROBE}{own[:16]}lock")

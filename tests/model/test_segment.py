@@ -53,6 +53,7 @@ def test_overlay_does_what_is_done_grain_by_grain(history: list[tuple[list[Kind]
         segment = segment.overlay(kinds, new)
         assert content(segment) == expected
         assert np.flatnonzero(segment.covered(48)).tolist() == sorted(expected)
+        assert [grain for grain in range(48) if segment.covers(grain)] == sorted(expected)
         assert segment.packs() == Packs.of((key[0], key[1]) for key in expected.values())
         # What a backup stores must be what the next one reads.
         again = Segment.decode(segment.encode(), grains=48, sessions=session + 1)
