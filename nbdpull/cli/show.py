@@ -44,12 +44,14 @@ def _json(result: ShowResult) -> Json:
         "compression": None if ratio is None else round(ratio, 3),
         "lineage": to_json(result.lineage),
         "lineage_end": result.lineage_end,
+        "locked_until": result.locked_until,
     }
 
 
 def _text(result: ShowResult) -> str:
     info = result.backup
     ratio = result.compression
+    ends = result.locked_until
     parts = [
         block(
             [
@@ -61,6 +63,7 @@ def _text(result: ShowResult) -> str:
                 ("time", local_time(info.time)),
                 ("duration", format_duration(info.duration_s)),
                 ("state", backup_state(info)),
+                *([] if ends is None else [("locked until", local_time(ends))]),
                 ("tags", ", ".join(info.tags) or "-"),
                 ("size", format_size(result.size)),
                 ("changed", format_size(result.changed_bytes)),

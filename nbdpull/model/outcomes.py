@@ -181,11 +181,14 @@ class ShowResult:
             counted from. None of them is needed to restore it.
         lineage_end: the parent of the last of them when the repository does not have it (any more),
             else None.
+        locked_until: none of the objects that a restore needs can be deleted before, seconds since the
+            Unix epoch; None where the repository has no locks, or it can't be told.
     """
 
     backup: BackupInfo
     lineage: tuple[BackupInfo, ...]
     lineage_end: str | None = None
+    locked_until: float | None = None
 
     @property
     def size(self) -> int:

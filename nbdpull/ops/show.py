@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from nbdpull.errors import DamagedError, StoreError, WrongKeyError
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import ShowResult
 from nbdpull.ops.list import backup_info, disk_names
@@ -11,6 +13,8 @@ from nbdpull.ops.threads import call
 from nbdpull.repo.repository import Backup, Repository
 
 __all__ = ["ShowOptions", "show"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,4 +61,14 @@ def _show(options: ShowOptions) -> ShowResult:
         backup=backup_info(wanted, names),
         lineage=tuple(backup_info(found, names) for found in lineage),
         lineage_end=None if parent in seen else parent,
+        locked_until=_locked_until(repository, wanted),
     )
+
+
+def _locked_until(repository: Repository, backup: Backup) -> float | None:
+    try:
+        return repository.locked_until(backup)
+    except (DamagedError, WrongKeyError, StoreError) as exc:
+        # All else is known, and worth telling.
+        _log.warning("until when it is locked can't be told: %s", exc)
+        return None

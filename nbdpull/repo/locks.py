@@ -1,10 +1,10 @@
-"""What a new manifest refers to stays locked as long as the manifest itself."""
+"""What a new manifest refers to stays locked as long as the manifest itself; and when a backup's first lock ends."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from nbdpull.model.config import Lock
@@ -12,7 +12,7 @@ from nbdpull.model.manifest import Manifest
 from nbdpull.repo.objectlock import locked_until
 from nbdpull.repo.store import AccessDeniedError, Listed, Store
 
-__all__ = ["hold_locks"]
+__all__ = ["first_unlock", "hold_locks"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,3 +68,28 @@ def _needed(store: Store, manifest: Manifest) -> Iterator[Listed]:
                     if listed.key in keys:
                         yield listed
     yield from store.list("key")
+
+
+def first_unlock(store: Store, manifests: Sequence[Manifest], lock: Lock) -> float | None:
+    """When the first object can be deleted that a backup needs, seconds since the Unix epoch.
+
+    No lock ends before; None where there are none. The store is asked of the manifests, and of what was
+    written too early to be locked as long: where it can't be asked, extended locks don't count.
+
+    Raises:
+        KeyMissingError: an object is gone.
+        StoreError: the store failed.
+    """
+    from nbdpull.repo.objects import ObjectStore  # noqa: PLC0415 - most repositories are folders
+
+    if not isinstance(store, ObjectStore):
+        return None
+    own = [store.stat(f"m/{one.summary.disk_id}/{one.summary.session}") for one in manifests]
+    first = min(store.lock_ends(own, lock))
+    older = {
+        listed.key: listed
+        for manifest in manifests
+        for listed in _needed(store, manifest)
+        if locked_until(listed.modified, lock) < first
+    }
+    return min([first, *store.lock_ends(older.values(), lock)])

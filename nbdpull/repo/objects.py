@@ -188,6 +188,24 @@ class ObjectStore:
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
             return sum(threads.map(one, wanted))
 
+    def lock_ends(self, objects: Iterable[Listed], lock: Lock) -> list[float]:
+        """When the locks of objects end, as they were made, or as the store says where it can be asked.
+
+        Raises:
+            StoreError: it failed.
+        """
+        retention = load(self.cloud)
+
+        def one(listed: Listed) -> float:
+            made = locked_until(listed.modified, lock)
+            if retention is None:
+                return made
+            # Who may not see locks is told of none.
+            return self._in_time(lambda: retention.until(listed.key)) or made
+
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
+            return list(threads.map(one, objects))
+
     def _locked(self, timeout_s: float, mode: str, until: float) -> Handle:
         """A handle whose PUTs lock. Not for other calls: a listing is refused with such headers."""
         return self._handle(timeout_s, headers=lock_headers(mode, until))

@@ -61,7 +61,7 @@ from nbdpull.repo.location import (
     open_store,
     tidy,
 )
-from nbdpull.repo.locks import hold_locks
+from nbdpull.repo.locks import first_unlock, hold_locks
 from nbdpull.repo.password import wants_key
 from nbdpull.repo.probe import PROBE, probe
 from nbdpull.repo.reader import DiskReader
@@ -630,6 +630,18 @@ class Repository:
     def _hold(self, manifest: Manifest) -> None:
         if self.config.lock is not None:
             hold_locks(self._store, manifest, self.config.lock)
+
+    def locked_until(self, backup: Backup) -> float | None:
+        """When the first object can be deleted that a backup needs; None without locks. See `first_unlock`.
+
+        Raises:
+            DamagedError: what it needs can't be told.
+            StoreError: the store failed.
+        """
+        if self.config.lock is None:
+            return None
+        manifests = [self.manifest(summary) for summary in backup.disks]
+        return first_unlock(self._store, manifests, self.config.lock)
 
     @property
     def reuses(self) -> bool:

@@ -376,6 +376,7 @@ def test_show_as_json(cli: Cli, replace: Replace) -> None:
     )
     assert [one["backup"] for one in done["lineage"]] == ["bb" * 8]
     assert done["lineage_end"] == "dd" * 8
+    assert done["locked_until"] is None
     nothing = shown(backup=info(disks=(disk(stored_bytes=0),)), lineage=(), lineage_end=None)
     replace("show", nothing)
     assert json.loads(cli("show", "aa", "-r", "x", "--json").stdout)["compression"] is None
@@ -395,6 +396,13 @@ def test_show_for_people(cli: Cli, replace: Replace) -> None:
     ):
         assert part in text
     assert cli("show", "aa", "-r", "x", "-q").stdout == text
+    assert "locked until" not in text
+    replace("show", shown(locked_until=1_735_725_600.0))
+    assert re.search(
+        r"^locked until  202[45]-\d\d-\d\d \d\d:\d\d:00$",
+        cli("show", "aa", "-r", "x").stdout,
+        re.MULTILINE,
+    )
 
 
 def test_hostile_names_reach_the_terminal_tamed(cli: Cli, replace: Replace) -> None:

@@ -89,6 +89,7 @@ def test_what_an_incremental_needs_is_locked_as_long_as_itself(
     assert ends > min(before.values()) + 9 * DAY
     for key in keys:
         assert until(weed, locked, key) >= ends
+    assert nbdpull.show(locked, "latest").locked_until == ends
     # What is extended goes on for a quarter more: the next backups find it so.
     reached = {key: until(weed, locked, key) for key in old}
     assert min(reached.values()) > ends + 7 * DAY
@@ -142,6 +143,32 @@ def test_without_botocore_or_the_right_to_it_the_backup_is_made_and_the_user_tol
     increment(locked, second, 2)
     assert "install 'nbdpull[lock]'" in caplog.text
     assert len(nbdpull.list_backups(locked)) == 3
+
+
+def test_a_backup_is_locked_until_its_first_object_is_free(
+    weed: SeaweedFs, locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add_backup(
+        Repository.open(locked, write=True), {"vda": Disk(40 * 65536, GRAINS)}, time=0.0
+    )
+    before = {key: until(weed, locked, key) for key in needed(locked, first["vda"])}
+    with monkeypatch.context() as patched:
+        later(patched, 10)
+        patched.setattr(objects, "load", lambda _cloud: None)  # no lock is extended
+        last = increment(locked, first, 1)["vda"]
+    own = until(weed, locked, f"m/{last.summary.disk_id}/{last.summary.session}")
+    assert own > max(before.values()) + 9 * DAY
+    assert nbdpull.show(locked, "latest").locked_until == min(before.values())
+    # Whoever can't ask goes by the time at which each object was written.
+    monkeypatch.setattr(objects, "load", lambda _cloud: None)
+    told = nbdpull.show(locked, "latest").locked_until
+    assert told is not None
+    assert abs(told - min(before.values())) <= 3600
+    path = f"{locked.removeprefix('s3:/')}/m/{last.summary.disk_id}/{last.summary.session}"
+    raw = bytearray(weed.client.request("GET", path).body)
+    raw[-40] ^= 1  # a new version, in its body: what it refers to can't be told
+    assert weed.client.request("PUT", path, body=bytes(raw)).status == 200
+    assert nbdpull.show(locked, "latest").locked_until is None
 
 
 def test_a_profiles_credentials_extend_locks_too(
