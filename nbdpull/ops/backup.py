@@ -65,6 +65,7 @@ from nbdpull.source.base import (
     CannotGoOnError,
     Disk,
     DiskPlan,
+    HostLostError,
     Known,
     PointInTime,
     RecordedPointInTime,
@@ -415,8 +416,8 @@ class _Run:
             return await self.go(record)
         except CannotGoOnError as exc:
             self._say(f"a backup that did not come to its end can't be gone on with: {exc}")
-        except MonitorError:
-            raise
+        except (MonitorError, HostLostError):
+            raise  # QEMU can't be reached: there is nothing to begin again with
         except SourceError as exc:
             if self.committing or self.record is None:
                 raise

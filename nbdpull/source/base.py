@@ -32,6 +32,7 @@ __all__ = [
     "Committed",
     "Disk",
     "DiskPlan",
+    "HostLostError",
     "Known",
     "KnownCheckpoint",
     "KnownDisk",
@@ -336,6 +337,10 @@ class Resumable(Source, Protocol):
 
     async def end_runs(self) -> None:
         """Let go of every run of this process, as when the source is closed; it stays open."""
+
+
+class HostLostError(PointInTimeLostError):
+    """The host that QEMU runs on can't be reached any more; QEMU may hold the point in time."""
 
 
 class CannotGoOnError(SourceError):

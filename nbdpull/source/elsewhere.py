@@ -1,9 +1,8 @@
 """A host that is reached by SSH: run folders there, by small scripts for its shell.
 
-A run's folder is as one of this host (`rundir`), so that whoever is there finds it too. Its lock nobody
-holds: QEMU tells whether the run lives (`lifeline`). Scratch images are made before the folder is given to
-QEMU's user. From then on nothing in it is written to by name: QEMU, which its guest may have taken over,
-could have put a link there.
+A run's folder is as one of this host (`rundir`), so that whoever is there finds it too, and can go on with it.
+Scratch images are made before the folder is given to QEMU's user. From then on nothing in it is written to by
+name: QEMU, which its guest may have taken over, could have put a link there. See `recordelsewhere`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdpull.errors import MonitorError, NbdError, SourceError, UsageError
-from nbdpull.nbdio.connection import Connection
-from nbdpull.nbdio.status import Allocation, StatusReader
-from nbdpull.source.base import GRANULARITY
+from nbdpull.errors import MonitorError, SourceError, UsageError
 from nbdpull.source.journal import Journal
+from nbdpull.source.recordelsewhere import (
+    JournalElsewhere,
+    hold,
+    let_go,
+    put_record,
+    read_record,
+    take_over,
+)
 from nbdpull.source.rundir import SOCKET_PATH_MAX, FoundRun
 from nbdpull.source.ssh import ScriptError, SshLink, quoted
 from nbdpull.source.unfinished import Unfinished
 
-__all__ = ["Elsewhere", "OverwrittenElsewhere", "RunDirElsewhere", "look_at_socket"]
+__all__ = ["Elsewhere", "RunDirElsewhere", "look_at_socket"]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,6 @@ make() {{
     [ "$free" -lt 1024 ] || fallocate -l "${{held}}K" held 2>/dev/null ||
         dd if=/dev/zero of=held bs=1024 count="$held" 2>/dev/null
     {images}
-    {owner}
 }}
 if make; then
     printf '\n%s\n' "$dir"
@@ -121,10 +124,25 @@ class RunDirElsewhere:
 
     here = False
 
-    def __init__(self, link: SshLink, path: Path) -> None:
+    def __init__(self, link: SshLink, path: Path, *, taken_over: bool = False) -> None:
         self._link = link
         self._keep = False
+        self._held = taken_over
+        self._taken_over = taken_over
         self.path = path
+
+    def give(self, owner: str) -> None:
+        """Open what this run writes to, and give the folder and its images to QEMU's user.
+
+        Args:
+            owner: user and group as `chown` is told them; empty where they are this user's.
+
+        Raises:
+            ScriptError: it can't be given.
+        """
+        mine = quoted(self.path)
+        then = f'[ "$(id -u)" != 0 ] || chown {owner} {mine}/disk*.raw {mine}' if owner else ":"
+        self._held = hold(self._link, self.path, then)
 
     @property
     def socket(self) -> str:
@@ -177,16 +195,31 @@ class RunDirElsewhere:
         """
         self._try(f"{'mkdir' if paused else 'rmdir'} -- {quoted(self.path / 'paused')}")
 
-    def keep_record(self, record: Unfinished) -> bool:  # noqa: ARG002 - QEMU may own the folder
-        """False: nothing in the folder is written to by name, and no file there is known to be ours."""
-        return False
+    def keep_record(self, record: Unfinished) -> bool:
+        """Leave on record what another process needs to go on; False, and never an error, where it can't be."""
+        raw = record.encode()
+        if not self._held or self._taken_over:
+            return self._taken_over
+        try:
+            put_record(self._link, raw)
+        except MonitorError as exc:
+            log.debug("nobody could go on with this run: %s", exc)
+            return False
+        return True
 
-    def journal(self, backup: str) -> Journal | None:  # noqa: ARG002 - as above
-        """None: see `keep_record`."""
+    def journal(self, backup: str) -> Journal | None:
+        """The run's journal; None where that can't be."""
+        if not self._held:
+            return None
+        try:
+            return Journal(JournalElsewhere(self._link, taken_over=self._taken_over), backup)
+        except (MonitorError, ValueError) as exc:
+            log.debug("what is read is not noted: %s", exc)
         return None
 
     def leave(self) -> None:
-        """Nothing: nobody holds its lock."""
+        """Let the lock go and nothing else, as if this run had died; never raises."""
+        self._let_go_of_files()
 
     def keep(self) -> None:
         """Leave the folder and what is in it when this run ends: QEMU may still use it."""
@@ -201,6 +234,13 @@ class RunDirElsewhere:
         """Remove the folder, unless it is kept; never raises."""
         if not self._keep:
             self._try(f"rm -rf -- {quoted(self.path)}")
+        self._let_go_of_files()
+
+    def _let_go_of_files(self) -> None:
+        held, self._held = self._held, False
+        if held:
+            with suppress(MonitorError):
+                let_go(self._link)
 
     def _try(self, script: str) -> None:
         try:
@@ -219,8 +259,8 @@ class _FoundElsewhere(FoundRun):
         with suppress(MonitorError):
             self.link.run(f"rm -rf -- {quoted(self.path)}")
 
-    def record(self) -> Unfinished:
-        raise ValueError("it was made over ssh, where nothing is left on record")
+    def _read_record(self) -> bytes:
+        return read_record(self.link, self.path)
 
 
 class Elsewhere:
@@ -245,30 +285,24 @@ class Elsewhere:
             f"dd if=/dev/zero of=disk{index}.raw bs=1 count=0 seek={size} || return 1"
             for index, size in enumerate(sizes)
         ]
-        give = ":"
-        if owner is not None:
-            pair = f"{owner[0]}:{owner[1]}"
-            give = f'[ "$(id -u)" != 0 ] || chown {pair} disk*.raw .' if owner[0] else ":"
-        # No process id: it would be taken for one there.
-        described = json.dumps({"source": source, "chain": chain, "pid": None})
         script = _CREATE.format(
             base=_base(parent),
             name=f"nbdpull-{run}",
-            description=quoted(described),
+            description=quoted(_description(source, chain)),
             held=_HELD_KIB,
             images="\n    ".join(images) or ":",
-            owner=give,
         )
         host = self._link.host
         try:
             output = self._link.run(script)
+            made = RunDirElsewhere(self._link, Path(output.rstrip("\n").rpartition("\n")[2]))
+            self._give(made, owner)
         except ScriptError as exc:
             said = (str(exc).splitlines() or [""])[-1]
             raise UsageError(
                 f"can't use {parent or 'the folder for temporary files'} on {host} for scratch images:"
                 f" {said}; choose a writable folder there with --scratch"
             ) from exc
-        made = RunDirElsewhere(self._link, Path(output.rstrip("\n").rpartition("\n")[2]))
         if len(made.socket.encode()) > SOCKET_PATH_MAX:
             made.close()
             raise UsageError(
@@ -277,9 +311,17 @@ class Elsewhere:
             )
         return made
 
-    def take_over(self, path: Path, *, source: str, chain: str) -> RunDirElsewhere:  # noqa: ARG002
-        """Never: nothing is left on record here."""
-        raise SourceError(f"scratch folder {path} on {self._link.host} can't be taken over")
+    def _give(self, made: RunDirElsewhere, owner: tuple[int, int] | None) -> None:
+        try:
+            made.give(f"{owner[0]}:{owner[1]}" if owner is not None and owner[0] else "")
+        except ScriptError:
+            made.close()
+            raise
+
+    def take_over(self, path: Path, *, source: str, chain: str) -> RunDirElsewhere:
+        """See `Place.take_over`."""
+        take_over(self._link, path, described=_description(source, chain))
+        return RunDirElsewhere(self._link, path, taken_over=True)
 
     def find(self, path: Path) -> FoundRun | None:
         """See `Place.find`."""
@@ -333,38 +375,14 @@ def _base(parent: str | None) -> str:
     return quoted(parent)
 
 
+def _description(source: str, chain: str) -> str:
+    """What `run.json` says; no process id: it would be taken for one there."""
+    return json.dumps({"source": source, "chain": chain, "pid": None})
+
+
 def _described(said: str) -> dict[str, Any]:
     try:
         loaded = json.loads(said)
     except (ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-class OverwrittenElsewhere:
-    """See `Overwritten`: which blocks lie in a scratch image, asked through an export of it."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._connection: Connection | None = None
-
-    def close(self) -> None:
-        """End the connection; a second call does nothing, and the next question makes a new one."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    def __call__(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The ranges of [start, end), as (start, end) in bytes; one thread at a time may ask."""
-        if self._connection is None:
-            self._connection = Connection.open(self._uri, contexts=("base:allocation",))
-        # A new reader each time: what an earlier reply said may be out of date.
-        reader = StatusReader(
-            self._connection, "base:allocation", smallest=GRANULARITY, strict=True
-        )
-        try:
-            rows = zip(*reader.read(start, end), strict=True)
-        except NbdError:
-            self.close()
-            raise
-        return [(int(at), int(to)) for at, to, flags in rows if not flags & Allocation.HOLE]

@@ -55,7 +55,7 @@ from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
 
 if TYPE_CHECKING:
-    from nbdpull.source.elsewhere import OverwrittenElsewhere
+    from nbdpull.source.scratchelsewhere import OverwrittenElsewhere
 
 __all__ = [
     "GUEST_DELAY_S",
@@ -143,6 +143,7 @@ class QemuPointInTime:
         self._stack = contextlib.AsyncExitStack()
         self._scratch: list[str] = []
         self._port: int | None = None
+        self._found_exports: frozenset[str] = frozenset()
         self._released = False
         self._monitor_lost = False
         self._failed = False
@@ -162,7 +163,11 @@ class QemuPointInTime:
         except MonitorError as exc:
             # One line, not one a step: without the monitor nothing more can be done.
             self._monitor_lost = True
-            log.warning("can't take the frozen view down, run 'nbdpull cleanup': %s", exc)
+            log.warning(
+                "can't take the frozen view down (the chain's next backup goes on at it, or takes it down, as"
+                " 'nbdpull cleanup' does): %s",
+                exc,
+            )
         except Error as exc:
             self._failed = True
             log.warning("%s: %s", what, exc)
@@ -417,12 +422,16 @@ class QemuPointInTime:
         self, index: int, uri_of: Callable[[str], str]
     ) -> Overwritten | OverwrittenElsewhere:
         """What tells which blocks are in a scratch image: its file, or where that can't be opened an export."""
+        export = self._names.scratch_export(index)
+        there = export in self._found_exports
+        if there or not self._rundir.here:
+            self._push(f"removing export {export}", partial(self._end_export, export))
         if self._rundir.here:
             return Overwritten(self._scratch[index])
-        from nbdpull.source.elsewhere import OverwrittenElsewhere  # noqa: PLC0415 - seldom needed
+        from nbdpull.source.scratchelsewhere import OverwrittenElsewhere  # noqa: PLC0415 - seldom needed
 
-        export = self._names.scratch_export(index)
-        self._push(f"removing export {export}", partial(self._end_export, export))
+        if there:
+            return OverwrittenElsewhere(uri_of(export))
         await self._monitor.execute(
             "block-export-add",
             {"type": "nbd", "id": export, "node-name": self._names.scratch(index), "name": export},
@@ -477,8 +486,6 @@ class QemuPointInTime:
 
     async def keep_record(self, record: Unfinished) -> Journal | None:
         """See `Resumable`."""
-        if not self._rundir.here:
-            return None
         record = replace(
             record,
             guest_first=self._options.guest_first,
@@ -495,7 +502,8 @@ class QemuPointInTime:
         """What was noted of the reading, to go on with; None where nothing can be noted."""
         journal = await asyncio.to_thread(self._rundir.journal, backup)
         if journal is not None:
-            self._stack.callback(journal.close)
+            # In a thread: on another host it may have to wait.
+            self._stack.push_async_callback(whole, journal.close)
         return journal
 
     async def _attach(self, uri_of: Callable[[str], str], record: Unfinished) -> None:
@@ -524,6 +532,9 @@ class QemuPointInTime:
                 self._push("removing its TLS files", partial(self._delete_object, creds))
                 uri_of = partial(with_export, _on_loopback(record.port, tls))
             self._push_stop()
+        # A run over ssh has one of each scratch image, too.
+        found = await self._monitor.execute("query-block-exports")
+        self._found_exports = frozenset(entry["id"] for entry in found)
         for index, plan in enumerate(self._plans):
             export = self._names.export(index)
             self._push(f"removing export {export}", partial(self._end_export, export))

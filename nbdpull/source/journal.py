@@ -10,12 +10,13 @@ it, does not count. A full folder ends the journal, not the backup.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -23,7 +24,15 @@ from numpy.typing import NDArray
 
 from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT
 
-__all__ = ["ENTRIES_MAX", "ZEROES", "DiskJournal", "Journal"]
+__all__ = [
+    "ENTRIES_MAX",
+    "JOURNAL_MAX",
+    "ZEROES",
+    "DiskJournal",
+    "FileHere",
+    "Journal",
+    "JournalFile",
+]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +48,51 @@ _BLOCK: Final = 16
 """Entries; so many at most are lost by a kill: 16 MiB, and less than a pack."""
 _BLOCK_MAX: Final = 4096
 
+JOURNAL_MAX: Final = ENTRIES_MAX * (_ENTRY.itemsize + _HEAD)
+"""Bytes: of one with an entry in each block."""
+
+
+class JournalFile(Protocol):
+    """The file of a journal, wherever it is. All raise OSError where that can't be done."""
+
+    def read(self, at: int, length: int) -> bytes:
+        """Up to `length` bytes at `at`; fewer only at its end."""
+
+    def cut(self, length: int) -> None:
+        """Take away what is behind the first `length` bytes; what is appended comes there."""
+
+    def append(self, raw: bytes) -> None:
+        """Write behind what is there."""
+
+    def close(self) -> None:
+        """Let it go."""
+
+
+class FileHere:
+    """See `JournalFile`: one of this host."""
+
+    def __init__(self, fd: int) -> None:
+        """Take an open file, for reading and writing, which becomes this object's."""
+        self._fd = fd
+
+    def read(self, at: int, length: int) -> bytes:
+        """See `JournalFile.read`."""
+        return os.pread(self._fd, length, at)
+
+    def cut(self, length: int) -> None:
+        """See `JournalFile.cut`."""
+        os.ftruncate(self._fd, length)
+        os.lseek(self._fd, length, os.SEEK_SET)
+
+    def append(self, raw: bytes) -> None:
+        """See `JournalFile.append`."""
+        if os.write(self._fd, raw) != len(raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """See `JournalFile.close`."""
+        os.close(self._fd)
+
 
 def _check(backup: bytes, number: int, raw: bytes) -> bytes:
     return blake3(backup + number.to_bytes(8, "little") + raw).digest(16)
@@ -47,39 +101,38 @@ def _check(backup: bytes, number: int, raw: bytes) -> bytes:
 class Journal:
     """The journal of one run. `note` may be called by many threads; it never raises."""
 
-    def __init__(self, fd: int, backup: str) -> None:
+    def __init__(self, file: JournalFile, backup: str) -> None:
         """Read what is there, and go on behind it.
 
         Args:
-            fd: of its file, open for reading and writing, which becomes this object's.
+            file: of it, which becomes this object's.
             backup: the id of the backup that it is of.
         """
-        self._fd = fd
+        self._file: JournalFile | None = file
         self._backup = bytes.fromhex(backup)
         self._lock = threading.Lock()
         self._open: list[tuple[int, int, int, bytes]] = []
         self._blocks = 0
         self._count = 0
-        entries, good = self._read()
+        entries, good = self._read(file)
         keys = (entries["disk"].astype(np.uint64) << np.uint64(48)) + entries["start"] // GRAIN
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
         self._entries = entries
         self._order = order
         with suppress(OSError):
-            os.ftruncate(fd, good)
-            os.lseek(fd, good, os.SEEK_SET)
+            file.cut(good)
 
-    def _read(self) -> tuple[NDArray[np.void], int]:
+    def _read(self, file: JournalFile) -> tuple[NDArray[np.void], int]:
         """All entries of the blocks that are whole, and where these end."""
         parts: list[bytes] = []
         good = 0
         while self._count < ENTRIES_MAX:
-            head = os.pread(self._fd, _HEAD, good)
+            head = file.read(good, _HEAD)
             count = int.from_bytes(head[:4], "little")
             if len(head) < _HEAD or not 1 <= count <= _BLOCK_MAX:
                 break
-            raw = os.pread(self._fd, count * _ENTRY.itemsize, good + _HEAD)
+            raw = file.read(good + _HEAD, count * _ENTRY.itemsize)
             if head[4:] != _check(self._backup, self._blocks, raw):
                 break
             if len(raw) != count * _ENTRY.itemsize:
@@ -106,7 +159,7 @@ class Journal:
     def note(self, disk: int, start: int, length: int, digest: bytes) -> None:
         """Note that `length` bytes at `start` have that digest, or are zero."""
         with self._lock:
-            if self._fd < 0 or self._count >= ENTRIES_MAX:
+            if self._file is None or self._count >= ENTRIES_MAX:
                 return
             self._open.append((disk, length, start, digest))
             self._count += 1
@@ -114,7 +167,7 @@ class Journal:
                 self._write()
 
     def _write(self) -> None:
-        if not self._open or self._fd < 0:
+        if not self._open or self._file is None:
             return
         raw = np.array(self._open, dtype=_ENTRY).tobytes()
         block = len(self._open).to_bytes(4, "little")
@@ -122,17 +175,15 @@ class Journal:
         self._open.clear()
         self._blocks += 1
         try:
-            whole = os.write(self._fd, block) == len(block)
+            self._file.append(block)
         except OSError as exc:
             log.debug("what is read is not noted any more: %s", exc)
-            whole = False
-        if not whole:
             self._end()
 
     def _end(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def close(self) -> None:
         """Write what is left, and let the file go; a second call does nothing."""

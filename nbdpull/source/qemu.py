@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdpull.errors import Error, InUseError, MonitorError, PointInTimeLostError, SourceError
+from nbdpull.errors import Error, InUseError, MonitorError, SourceError
 from nbdpull.nbdio.connection import is_unix, socket_of, unix_uri, with_export, with_socket
 from nbdpull.nbdio.tls import with_tls
 from nbdpull.source.base import (
     CannotGoOnError,
     Committed,
     DiskPlan,
+    HostLostError,
     OnLost,
     PointInTime,
     RunInfo,
@@ -336,7 +337,12 @@ class QemuSource:
         return with_socket(address, await self._place.reach(path))
 
     async def _watch(self, frozen: QemuPointInTime) -> None:
-        frozen.lose(PointInTimeLostError(str(await self._place.lost())))
+        lost = await self._place.lost()
+        frozen.lose(
+            HostLostError(
+                f"{lost}; QEMU may hold the point in time still: the same backup, run again, then goes on at it"
+            )
+        )
 
     async def end_runs(self) -> None:
         """See `Resumable.end_runs`."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdpull.errors import InUseError, SourceError, UsageError
-from nbdpull.source.journal import Journal
+from nbdpull.source.journal import FileHere, Journal
 from nbdpull.source.unfinished import RECORD_MAX, Unfinished
 
 __all__ = ["SOCKET_PATH_MAX", "FoundRun", "RunDir", "find_run", "find_runs"]
@@ -185,7 +185,7 @@ class RunDir:
         try:
             fd = os.open(self.path / "journal", flags, 0o600)
             if _is_ours(fd):
-                return Journal(fd, backup)
+                return Journal(FileHere(fd), backup)
             os.close(fd)
         except OSError as exc:
             log.debug("what is read is not noted: %s", exc)
@@ -328,21 +328,26 @@ class FoundRun:
         Raises:
             ValueError: nothing that can be believed; the message says why.
         """
+        raw = self._read_record()
+        if not raw:
+            raise ValueError("it left nothing on record: it had not come to reading")
+        found = Unfinished.decode(raw)
+        if self.path.name != f"nbdpull-{found.run}":
+            raise ValueError("its record is of another run")
+        return found
+
+    def _read_record(self) -> bytes:
+        """The record as it is written; empty where there is none."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with os.fdopen(os.open(self.path / "resume", flags), "rb") as file:
                 if not _is_ours(file.fileno()):
                     raise ValueError("its record is not a file of ours")
-                found = Unfinished.decode(file.read(RECORD_MAX + 1))
+                return file.read(RECORD_MAX + 1)
         except FileNotFoundError:
-            raise ValueError(
-                "it left nothing on record: it had not come to reading, or went over ssh"
-            ) from None
+            return b""
         except OSError as exc:
             raise ValueError(f"its record can't be read: {exc.strerror}") from exc
-        if self.path.name != f"nbdpull-{found.run}":
-            raise ValueError("its record is of another run")
-        return found
 
 
 def _is_ours(fd: int) -> bool:

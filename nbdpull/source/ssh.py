@@ -166,6 +166,21 @@ class SshLink:
             raise ScriptError(output.strip() or f"status {status}")
         return output
 
+    def post(self, script: str) -> None:
+        """Have a script run in the shell there, in its turn, of whose end nothing is told.
+
+        Raises:
+            MonitorError: the connection is lost.
+        """
+        with self._lock:
+            try:
+                self._input.write(f"( {script}\n) </dev/null >/dev/null 2>&1\n".encode())
+                self._input.flush()
+            except (OSError, ValueError) as exc:
+                raise MonitorError(
+                    f"the ssh connection to {self.host} is lost{self._why()}"
+                ) from exc
+
     def _answer(self, mark: bytes, deadline: float) -> tuple[str, int]:
         data = b""
         while True:

@@ -8,6 +8,7 @@ refuses every read of the view, it never shows wrong data.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ async def find_unfinished(
     if folder.paused:
         raise CannotGoOnError("it died while it made its point in time")
     try:
-        record = folder.record()
+        record = await asyncio.to_thread(folder.record)
     except ValueError as exc:
         raise CannotGoOnError(str(exc)) from exc
     if (record.run, record.chain) != (run, chain):
@@ -149,6 +150,12 @@ def _check_disk(
     export = seen.exports.get(names.export(number))
     if export is None or export["node-name"] != access or export["shutting-down"]:
         raise CannotGoOnError(f"the export of disk '{disk.name}' is gone")
+    # Only of a run that can't open the image itself.
+    of_scratch = seen.exports.get(names.scratch_export(number))
+    if of_scratch is not None and (
+        of_scratch["node-name"] != scratch or of_scratch["shutting-down"]
+    ):
+        raise CannotGoOnError(f"the export of the scratch of disk '{disk.name}' is going")
     _check_bitmaps(names, disk, record.disks[number])
     return disk
 

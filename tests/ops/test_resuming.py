@@ -16,7 +16,7 @@ from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.resuming import check_same
 from nbdpull.repo.repository import Repository, Session
 from nbdpull.source.base import CannotGoOnError
-from nbdpull.source.journal import Journal
+from nbdpull.source.journal import FileHere, Journal
 from nbdpull.source.unfinished import UnfinishedDisk
 from tests.ops.pulling import MIB, content, served, summary_of, write
 from tests.source.test_unfinished import RECORD
@@ -48,7 +48,7 @@ def read(
 ) -> tuple[Session, int]:
     """A full that notes what it reads, and how much that was."""
     session = repository.begin(vm="vm1", disk="vda", parent=None)
-    log = Journal(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600), backup)
+    log = Journal(FileHere(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600)), backup)
     with served(raw) as uri:
         one = DiskPull(
             name="vda",
@@ -118,7 +118,7 @@ def test_frames_of_others_are_never_referred_to_on_a_journals_word(
     _, digest = other.put_named(memoryview(secret))
     other.seal()
     other.abandon()
-    log = Journal(os.open(tmp_path / "j", os.O_RDWR | os.O_CREAT, 0o600), BACKUP)
+    log = Journal(FileHere(os.open(tmp_path / "j", os.O_RDWR | os.O_CREAT, 0o600)), BACKUP)
     log.note(0, 0, MIB, digest)
     log.close()
     session, again = read(repository, raw, tmp_path / "j")
@@ -132,7 +132,7 @@ def test_a_damaged_frame_is_read_again(repository: Repository, raw: Path, tmp_pa
     dead.abandon()
     session = repository.begin(vm="vm1", disk="vda", parent=None)
     session.lost = frozenset([session.digest(raw.read_bytes()[:MIB])])
-    log = Journal(os.open(tmp_path / "j", os.O_RDWR), BACKUP)
+    log = Journal(FileHere(os.open(tmp_path / "j", os.O_RDWR)), BACKUP)
     with served(raw) as uri:
         one = DiskPull(
             name="vda",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT
-from nbdpull.source.journal import ZEROES, Journal
+from nbdpull.source.journal import ZEROES, FileHere, Journal
 
 BACKUP = "0123456789abcdef"
 SIZE = 2 * SEGMENT + 5 * GRAIN + 512
@@ -20,7 +20,7 @@ Entry = tuple[int, int, bytes]
 
 
 def opened(path: Path, backup: str = BACKUP) -> Journal:
-    return Journal(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), backup)
+    return Journal(FileHere(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)), backup)
 
 
 def entries(count: int) -> list[Entry]:
@@ -123,7 +123,7 @@ def test_any_bytes_are_a_journal_of_nothing(
 
 
 def test_a_full_folder_ends_it_silently(tmp_path: Path) -> None:
-    journal = Journal(os.open("/dev/full", os.O_RDWR), BACKUP)
+    journal = Journal(FileHere(os.open("/dev/full", os.O_RDWR)), BACKUP)
     part = journal.disk(0, SIZE)
     for entry in entries(100):
         part.note(*entry)

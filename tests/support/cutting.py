@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback in front of a server, that loses all its connections when it is told to."""
+"""A proxy in front of a server, on loopback or a unix socket, that loses all its connections when it is told to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 __all__ = ["Cutter", "cutting"]
 
@@ -14,7 +15,7 @@ class Cutter:
     """The proxy.
 
     Attributes:
-        port: on 127.0.0.1.
+        port: on 127.0.0.1; 0 on a unix socket.
         every: bytes from the server after which all connections are lost; None for never.
         cuts: how often that is to happen still.
         lost: how often it did.
@@ -22,14 +23,17 @@ class Cutter:
         away: whether new ones are lost at once.
     """
 
-    def __init__(self, server: str | tuple[str, int]) -> None:
+    def __init__(self, server: str | tuple[str, int], listen: Path | None = None) -> None:
         self._server = server
         self._lock = threading.Lock()
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._passed = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        if listen is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+        else:
+            self._listener = socket.create_server(str(listen), family=socket.AF_UNIX)
+        self.port: int = self._listener.getsockname()[1] if listen is None else 0
         self.every: int | None = None
         self.cuts = 0
         self.lost = 0
@@ -99,9 +103,9 @@ class Cutter:
 
 
 @contextmanager
-def cutting(server: str | tuple[str, int]) -> Iterator[Cutter]:
-    """A proxy to a socket's address: a path, or host and port."""
-    made = Cutter(server)
+def cutting(server: str | tuple[str, int], listen: Path | None = None) -> Iterator[Cutter]:
+    """A proxy to a socket's address, a path, or host and port; on a unix socket at `listen`."""
+    made = Cutter(server, listen)
     try:
         yield made
     finally:
