@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nbdpull.errors import DamagedError, StoreError
 from nbdpull.model.damage import DamagedFrame, Place
@@ -17,9 +17,23 @@ from nbdpull.nbdio.connection import Cancelled
 from nbdpull.repo.damage import KNOWN_MAX, Pack
 from nbdpull.repo.repository import DiskReader, Repository
 
-__all__ = ["Suspect", "damaged_frame", "mend_indexes", "record_damage", "record_lost", "suspects"]
+__all__ = [
+    "PARTIAL",
+    "Suspect",
+    "damaged_frame",
+    "mend_indexes",
+    "record_damage",
+    "record_lost",
+    "suspects",
+]
 
 _log = logging.getLogger(__name__)
+
+PARTIAL: Final = (
+    "it can't be made again, because not all of its packs are there: those that are there are read by what"
+    " each says of itself, and new backups build on none of them"
+)
+"""What of an index is told that `DiskReader.partial` has."""
 
 
 class Suspect(NamedTuple):

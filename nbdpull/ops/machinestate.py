@@ -226,7 +226,7 @@ def _parent(repository: Repository, before: Summary | None, size: int) -> Manife
         return None
     try:
         manifest = repository.manifest(before)
-        return None if repository.reader(manifest).missing_packs(copies=False) else manifest
+        return None if repository.missing(manifest) else manifest
     except DamagedError:
         return None
 

@@ -21,12 +21,12 @@ from nbdpull.model.outcomes import RestoredDisk, RestoreResult
 from nbdpull.model.results import ProgressCallback
 from nbdpull.nbdio.tls import look_at_tls, with_tls
 from nbdpull.ops.disknames import disk_names
-from nbdpull.ops.lost import record_lost
+from nbdpull.ops.lost import PARTIAL, record_lost
 from nbdpull.ops.machinestate import read_machine
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.push import DiskPush, push
 from nbdpull.ops.threads import in_thread, worker_count
-from nbdpull.repo.repository import Backup, Repository
+from nbdpull.repo.repository import Backup, DiskReader, Repository
 from nbdpull.target.base import Target
 from nbdpull.target.blockdev import BlockDevice
 from nbdpull.target.export import Export
@@ -132,6 +132,7 @@ def _restore(
         finally:
             target.abort()
         meter.end()
+        _tell_indexes(reader)
         restored.append(
             RestoredDisk(
                 name=summary.disk, size=summary.size, target=target.name, written_bytes=written
@@ -144,6 +145,12 @@ def _restore(
         disks=tuple(restored),
         machine=() if machine is None else _give_back(repository, machine, options),
     )
+
+
+def _tell_indexes(reader: DiskReader) -> None:
+    """Warn of packs that no more than their own hashes vouched for."""
+    for index in reader.partial:
+        _log.warning("%s; %s", reader.rebuilt[index], PARTIAL)
 
 
 def _machine_of(options: RestoreOptions, backup: Backup) -> Summary | None:
@@ -172,6 +179,7 @@ def _give_back(
     except DamagedError as exc:
         record_lost(repository, reader, [exc.key], threading.Event())
         raise
+    _tell_indexes(reader)
     written = []
     for name, raw in files:
         path = Path(options.to) / "machine" / name

@@ -38,7 +38,7 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.connection import Cancelled
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.findings import Damages, Findings, Keys, Seen
-from nbdpull.ops.lost import Suspect, damaged_frame, mend_indexes, record_damage, suspects
+from nbdpull.ops.lost import PARTIAL, Suspect, damaged_frame, mend_indexes, record_damage, suspects
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.damage import KNOWN_MAX, Pack
@@ -208,7 +208,10 @@ class _Verify:
     def _tell_indexes(self, reader: DiskReader) -> None:
         """Tell of indexes that their packs stood in for, and put those back that are gone."""
         mended = mend_indexes(self._repository, reader) if self._options.record else set()
-        for damage in reader.rebuilt.values():
+        for index, damage in reader.rebuilt.items():
+            if index in reader.partial:
+                self._damages.add(damage.key, f"{damage}; {PARTIAL}")
+                continue
             what = "no frame is lost because of that: its packs say the same"
             done = (
                 "it is put back"

@@ -6,7 +6,8 @@ table) -> frame (digest in the directory)
 Where the repository is encrypted, each of these is also authenticated as what its session sealed for that
 very place, and decrypted, before anything in it is looked at.
 An index that is lost or damaged is made again from its packs (`repo.rebuild`); what comes out must have the
-digests of this chain.
+digests of this chain. Only where such a pack is gone, too, each of the others is believed for its own hashes,
+which is told.
 A frame that is damaged is looked for where a later session stored it anew (`repo.damage`): what is found
 there must have the digest that this chain ends in.
 """
@@ -99,6 +100,7 @@ class DiskReader:
     Attributes:
         healed: places of the damaged frames that were read from a copy.
         rebuilt: what was wrong with each index, by (session, number), in whose place its packs were read.
+        partial: of these, the tables that are not the written ones: of those packs alone that are there.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class DiskReader:
         self._others: dict[SessionRef, DiskReader] = {}
         self.healed: set[Place] = set()
         self.rebuilt: dict[tuple[int, int], DamagedError] = {}
+        self.partial: dict[tuple[int, int], IndexTable] = {}
         self._hopeless: set[tuple[int, int]] = set()
         self._digests = [dict(session.index) for session in manifest.sessions]
         self._tables: _Cache[IndexTable] = _Cache(_TABLES_KEPT)
@@ -163,18 +166,29 @@ class DiskReader:
 
     def _rebuild_table(self, session: int, number: int, damage: DamagedError) -> IndexTable:
         """The table, from the packs; `damage` is raised when they don't give it."""
+        if (session, number) in self.partial:
+            return self.partial[session, number]
         digest = self._digests[session].get(number)
         if digest is None or not self._rebuild or (session, number) in self._hopeless:
             raise damage
         sid = self.manifest.sessions[session].sid
         try:
-            table = rebuilt_table(self._store, self._vault, sid=sid, number=number, digest=digest)
+            table, whole = rebuilt_table(
+                self._store,
+                self._vault,
+                repository=self.manifest.repository,
+                sid=sid,
+                number=number,
+                digest=digest,
+            )
         except FormatError as exc:
             self._hopeless.add((session, number))  # not for each frame again
             raise DamagedError(
                 f"{damage}, and it can't be made again: {exc}", key=damage.key
             ) from damage
         self.rebuilt[session, number] = damage
+        if not whole:
+            self.partial[session, number] = table
         return table
 
     def pack_place(self, session: int, seq: int) -> PackPlace:
@@ -186,8 +200,16 @@ class DiskReader:
         number = seq // PACKS_PER_INDEX
         table = self._table(session, number)
         key = self._index_key(session, number)
-        with _damage(f"session index {key}", key):
-            return table.place(seq)
+        try:
+            with _damage(f"session index {key}", key):
+                return table.place(seq)
+        except DamagedError:
+            if (session, number) not in self.partial:
+                raise
+            own = self.key(session, seq)
+            raise DamagedError(
+                f"pack {own} is missing or damaged, and so is its index {key}", key=own
+            ) from None
 
     def directory(self, session: int, seq: int) -> Directory:
         """The frames of a pack.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 
 from nbdpull.errors import DamagedError
 from nbdpull.model.frame import FOOTER_SIZE, HEADER_SIZE, decode_footer, encode_footer
-from nbdpull.model.grain import GRAIN
+from nbdpull.model.grain import GRAIN, Kind
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo import session as session_module
 from nbdpull.repo.local import LocalStore
@@ -21,6 +22,8 @@ SIZE = GRAINS * GRAIN
 # Each in a frame of its own.
 FULL: Changes = {number: None if number % 2 else grain(number) for number in range(GRAINS)}
 LATER: Changes = {3: grain(103), 7: None, 8: grain(108)}
+# After it a whole pack of the full's is not needed any more.
+LAST: Changes = {number: grain(number + 200) for number in range(8, GRAINS)}
 
 
 class Made:
@@ -90,14 +93,84 @@ def test_an_index_that_is_there_and_damaged_is_not_touched(made: Made) -> None:
     assert made.read(made.key) == made.index[:50]
 
 
-def test_an_index_that_misses_a_pack_is_not_made_again(made: Made) -> None:
-    seqs = [seq for session, seq in made.full.packs() if session == 0]
+def lose_a_pack_that_the_last_does_not_need(made: Made) -> None:
+    """As a collector does when all but the last backup are forgotten."""
+    made.last = backup(made.repository, SIZE, LAST, made.last)
+    made.content = made.content[: 8 * GRAIN] + b"".join(LAST[number] or b"" for number in LAST)
+    needed = {seq for session, seq in made.last.packs() if session == 0}
+    spare = next(seq for session, seq in made.full.packs() if session == 0 and seq not in needed)
+    made.store.delete(f"d/{made.full.summary.session}/{spare:08x}")
+
+
+@pytest.mark.parametrize("cut", [None, 5, 50, 200])
+def test_without_a_pack_that_is_not_needed_the_others_speak_for_themselves(
+    made: Made, cut: int | None
+) -> None:
+    lose_a_pack_that_the_last_does_not_need(made)
     made.store.delete(made.key)
-    made.store.delete(f"d/{made.full.summary.session}/{seqs[1]:08x}")
+    if cut is not None:
+        made.store.create(made.key, made.index[:cut])
     reader = made.repository.reader(made.last)
-    with pytest.raises(
-        DamagedError, match=r"is missing, and it can't be made again: the \d of its"
-    ):
+    assert restore(reader) == made.content
+    for session, seq in reader.packs():
+        reader.check_pack(session, seq)
+    # Told, never written, and nothing new rests on it.
+    assert [damage.key for damage in reader.rebuilt.values()] == [made.key]
+    assert list(reader.partial) == [(0, 0)]
+    with pytest.raises(DamagedError, match="can't be made again"):
+        reader.index_object(0, 0)
+    assert made.repository.missing(made.last) == [made.key]
+    assert made.repository.mend(reader) == set()
+    began = made.repository.begin(vm="vm", disk="vda", parent=None, like=made.last)
+    known = began.known(0, np.full(GRAINS, Kind.DATA, dtype=np.uint8))
+    began.abandon()
+    assert {one.start for one in known} == {3, 8}  # of the later sessions
+
+
+def test_without_a_pack_that_is_needed_its_frames_alone_are_lost(made: Made) -> None:
+    needed = [seq for session, seq in made.last.packs() if session == 0]
+    made.store.delete(made.key)
+    lost = f"d/{made.full.summary.session}/{needed[1]:08x}"
+    made.store.delete(lost)
+    reader = made.repository.reader(made.last)
+    assert reader.missing_packs() == [lost]
+    read = 0
+    for one in reader.segment(0):
+        if (one.session, one.seq) == (0, needed[1]):
+            with pytest.raises(DamagedError) as caught:
+                reader.read(one)
+            assert caught.value.key == lost
+        else:
+            read += one.n
+            expected = made.content[one.start * GRAIN : (one.start + one.n) * GRAIN]
+            assert reader.read(one) == expected
+    assert 0 < read < sum(one.n for one in reader.segment(0))
+
+
+def test_a_pack_that_is_not_what_its_name_says_does_not_speak(made: Made) -> None:
+    lose_a_pack_that_the_last_does_not_need(made)
+    made.store.delete(made.key)
+    needed = [seq for session, seq in made.last.packs() if session == 0]
+    key = f"d/{made.full.summary.session}/{needed[0]:08x}"
+    raw = made.read(key)
+    for at in (*range(0, 128, 7), *range(-FOOTER_SIZE, 0, 5)):
+        changed = bytearray(raw)
+        changed[at] ^= 1
+        made.write(key, bytes(changed))
+        with pytest.raises(DamagedError) as caught:
+            restore(made.repository.reader(made.last))
+        assert caught.value.key == key
+
+
+def test_a_pack_in_the_place_of_another_does_not_speak(made: Made) -> None:
+    lose_a_pack_that_the_last_does_not_need(made)
+    made.store.delete(made.key)
+    one, other = [seq for session, seq in made.last.packs() if session == 0][:2]
+    keys = [f"d/{made.full.summary.session}/{seq:08x}" for seq in (one, other)]
+    made.write(keys[0], made.read(keys[1]))
+    reader = made.repository.reader(made.last)
+    assert reader.missing_packs() == [keys[0]]
+    with pytest.raises(DamagedError, match=keys[0]):
         restore(reader)
 
 
@@ -112,7 +185,8 @@ def test_a_pack_whose_ends_were_made_to_fit_is_not_believed(made: Made) -> None:
     raw[-FOOTER_SIZE:] = encode_footer(digest, offset, count)
     made.write(key, bytes(raw))
     made.store.delete(made.key)
-    with pytest.raises(DamagedError, match="don't give what the manifest vouches for"):
+    # Its digest is no more what the frame has, or what the session's key sealed.
+    with pytest.raises(DamagedError, match=r"frame at|directory of pack"):
         restore(made.repository.reader(made.last))
 
 
