@@ -203,6 +203,7 @@ class Collector:
         self._references = _References()
         self._ended: set[str] = set()  # tombstones that a dry run would make
         self._hopeless: list[Listed] = []
+        self._unread: list[tuple[Listed, DamagedError]] = []  # intents, of this round
         self._alive: dict[str, list[Listed]] = {}
         self._own: str | None = None
         self._now = 0.0
@@ -250,6 +251,7 @@ class Collector:
             sessions = self._list_sessions(objects)
             self._revoke(sessions)
             registers = self._list_registers()
+            self._pass_over_ended(registers)
             with suppress(_Vanished):
                 live, pinned = self._read_manifests(doomed, sessions, registers)
                 adopted = self._adopted(objects, registers, live)
@@ -321,6 +323,7 @@ class Collector:
 
     def _list_sessions(self, objects: Mapping[str, Sequence[Listed]]) -> list[_Session]:
         sessions = []
+        self._unread = []
         self._alive = defaultdict(list)
         for listed in self._store.list("a"):
             self._alive[listed.key.split("/")[1]].append(listed)
@@ -351,11 +354,13 @@ class Collector:
             if self._now - listed.modified > _HOPELESS_S:
                 self._hopeless.append(listed)
                 return None  # it can't commit any more, whatever it says
-            raise DamagedError(
+            damage = DamagedError(
                 f"intent {listed.key} is damaged: {exc}; what its session needs can't be told, so"
                 " nothing was collected; it is passed over 31 days after it was made",
                 key=listed.key,
-            ) from exc
+            )
+            self._unread.append((listed, damage))
+            return None
 
     def _revoke(self, sessions: Iterable[_Session]) -> None:
         for session in sessions:
@@ -378,6 +383,20 @@ class Collector:
             if is_pin(pin):
                 found[pin] = listed
         return found
+
+    def _pass_over_ended(self, registers: Iterable[str]) -> None:
+        """Do without the intents that can't be read of sessions that have a register, on whatever disk.
+
+        A session has one register, so this is the rule by which every other one is told to have ended.
+
+        Raises:
+            DamagedError: a session may still commit, and what it pins can't be told.
+        """
+        ended = {pin.partition("/")[2] for pin in registers}
+        for listed, damage in self._unread:
+            if listed.key.partition("/")[2] not in ended:
+                raise damage
+            self._hopeless.append(listed)
 
     def _read_manifests(
         self,

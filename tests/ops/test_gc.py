@@ -313,6 +313,53 @@ def test_a_damaged_intent_stops_all_deleting_for_a_month(repo: Retained) -> None
     assert repo.objects("s") == []
 
 
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied"])
+def test_a_damaged_intent_of_a_session_that_has_ended_stops_nothing(
+    repo: Retained, tmp_path: Path, how: str
+) -> None:
+    nbdpull.forget(repo.path, [repo.ids[2]])
+    for pin in (*repo.pins(1), *repo.pins(2)):
+        path = repo.store.path(f"s/{pin.partition('/')[2]}")
+        raw = path.read_bytes()
+        path.write_bytes({"flipped": b"\x7f" + raw[1:], "cut": raw[:-20], "emptied": b""}[how])
+    would = collect(repo, dry_run=True)
+    done = collect(repo)
+    assert (done.packs, done.manifests, done.others) == (
+        would.packs,
+        would.manifests,
+        would.others,
+    )
+    assert done.packs > 0
+    assert done.manifests == 2
+    assert repo.objects("s") == []
+    for number in (0, 1):
+        repo.check(number, tmp_path / "out")
+
+
+def test_a_damaged_intent_of_a_session_that_may_commit_stops_all_until_it_has(
+    repo: Retained, tmp_path: Path
+) -> None:
+    collect(repo)
+    commit = running(repo, repo.manifests[2]["vda"])
+    (intent,) = repo.objects("s")
+    damage(repo, intent, 0)
+    # What the session refers to is forgotten: only its intent says that it is needed.
+    nbdpull.forget(repo.path, repo.ids)
+    repo.age("s", 3 * DAY)
+    before = [*repo.objects("d"), *repo.objects("m")]
+    for dry_run in (True, False):
+        with pytest.raises(
+            DamagedError, match=f"intent {intent} is damaged.*nothing was collected"
+        ):
+            collect(repo, dry_run=dry_run)
+    assert [*repo.objects("d"), *repo.objects("m")] == before
+    made = commit()
+    done = collect(repo)
+    assert done.packs > 0
+    assert repo.objects("s") == []
+    assert repo.repository.reader(made).missing_packs(indexes=True) == []
+
+
 class Locked(LocalStore):
     """Refuses to delete packs."""
 

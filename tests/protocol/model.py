@@ -7,7 +7,8 @@ The steps are those of docs/internals/collection.md and of the code:
                 W3 Session.put: a pack                 W5 Session.commit
                 WA Adoption._claim: create m/, then t/   WL PackListing.sizes
     collector   C1 Collector._end_undo, tombstones     C2 _list_objects     C3 _list_sessions, _revoke
-                C4 _list_registers, _read_manifests    C4A _adopted, _lives: s/, then m/
+                C4 _list_registers, _pass_over_ended,
+                _read_manifests                        C4A _adopted, _lives: s/, then m/
                 C5 the end of _look
                 C6 _delete_objects                     C7 _delete_manifests, _delete_marks
 
@@ -21,6 +22,9 @@ pack of its own and refers to those of its pin. Bit i of a mask is that of sessi
 Where adoption is searched a writer may take any earlier session for dead that has an intent, at any time, and
 with it those that this one wanted: whether that is so is decided by a register alone, which then holds
 ADOPTED plus who did it. It refers to the packs that it sees of those that are its own in the end.
+
+Where damage is searched one intent may turn out to be damaged, at any time: whoever reads it then knows no more
+than that it is there.
 
 Lost is what the search looks for: a manifest without a tombstone that refers to a pack that is gone.
 """
@@ -54,6 +58,9 @@ class Mutant(Enum):
     ADOPTS_WITHOUT_REGISTER = "a session is taken over without creating its register"
     ADOPTED_IS_ENDED = "what an adopted session stored is spared for nobody"
     NO_LOOK_FOR_ADOPTER = "an adopter that was not listed is taken for ended"
+    DAMAGED_IS_ENDED = (
+        "a session whose intent is damaged is taken for ended without looking for its register"
+    )
     NO_REGISTER_LOOK_FOR_ADOPTER = "an adopter whose intent is gone is taken for ended"
 
 
@@ -97,6 +104,7 @@ class Collector(NamedTuple):
     left: int = 0  # rounds
     adopted: int = 0
     begun: bool = False
+    unread: int = 0  # sessions whose intents are damaged
 
 
 class State(NamedTuple):
@@ -108,6 +116,7 @@ class State(NamedTuple):
     tombstones: int
     writers: tuple[Writer, ...]
     collectors: tuple[Collector, ...]
+    damaged: int = 0  # intents that can't be read any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +132,7 @@ class Config:
         adoption: writers may take over earlier sessions.
         pins: writers may build on earlier backups.
         idle: collectors may take any session for idle.
+        damage: an intent may be damaged.
     """
 
     writers: int
@@ -133,6 +143,7 @@ class Config:
     adoption: bool = False
     pins: bool = True
     idle: bool = True
+    damage: bool = False
     mutant: Mutant | None = None
 
 
@@ -162,6 +173,7 @@ class _Model:
         self._adoption = config.adoption
         self._pins = config.pins
         self._idle = config.idle
+        self._damage = config.damage
         self._steps = ["C1", "C1T", "C2", "C3", "C3R", "C4", "C4L", "C5", "C6", "C7", "C7S"]
         if self._mutant is Mutant.MANIFESTS_BEFORE_SESSIONS:
             self._steps = ["C1", "C1T", "C2", "C4", "C3", "C3R", "C4L", "C5", "C6", "C7", "C7S"]
@@ -200,6 +212,9 @@ class _Model:
         return mask
 
     def steps(self, state: State) -> Iterator[_Step]:
+        for i in self._numbers if self._damage and not state.damaged else ():
+            if state.intents >> i & 1:
+                yield f"intent {i} is damaged", state._replace(damaged=1 << i)
         for i, writer in enumerate(state.writers, 1):
             for label, after, new in self._write(state, i, writer):
                 writers = (*after.writers[: i - 1], new, *after.writers[i:])
@@ -263,7 +278,7 @@ class _Model:
     def _adoptable(self, state: State, i: int) -> Iterator[int]:
         yield 0
         for j in range(1, i) if self._adoption else ():
-            if state.intents >> j & 1 and state.registers[j] == NONE:
+            if state.intents & ~state.damaged & 1 << j and state.registers[j] == NONE:
                 yield 1 << j | state.writers[j - 1].adopts
 
     def _adopt(self, state: State, i: int, writer: Writer) -> Iterator[tuple[str, State, Writer]]:
@@ -317,10 +332,17 @@ class _Model:
             case "C3":
                 # A session that has no intent yet, or no more, is not seen.
                 for i in range(one.key + 1, len(state.writers) + 1):
-                    seen = one.sessions | state.intents & 1 << i
+                    seen = state.intents & 1 << i
                     last = i == len(state.writers)
                     new = following if last else one._replace(key=i)
-                    yield f"C3 lists session {i}", state, new._replace(sessions=seen)
+                    yield (
+                        f"C3 lists session {i}",
+                        state,
+                        new._replace(
+                            sessions=one.sessions | seen & ~state.damaged,
+                            unread=one.unread | seen & state.damaged,
+                        ),
+                    )
                     break
             case "C3R":
                 yield from self._revoke(state, one, following)
@@ -404,6 +426,11 @@ class _Model:
     def _look_again(
         self, state: State, one: Collector, following: Collector
     ) -> Iterator[tuple[str, State, Collector]]:
+        if self._mutant is not Mutant.DAMAGED_IS_ENDED and any(
+            one.unread >> i & 1 and one.registers[i] == NONE for i in self._numbers
+        ):
+            yield "C4 an intent is damaged: it ends", state, Collector("end")
+            return
         for i in self._live(one):
             if i <= one.key:
                 continue

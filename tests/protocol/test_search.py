@@ -25,6 +25,14 @@ def test_a_collector_that_runs_again_loses_nothing() -> None:
     assert search(Config(writers=1, collectors=1, rounds=3)).trace == ()
 
 
+@pytest.mark.parametrize("adoption", [False, True])
+def test_a_damaged_intent_loses_nothing(*, adoption: bool) -> None:
+    config = Config(writers=2, collectors=1, damage=True, adoption=adoption, pins=not adoption)
+    found = search(config)
+    assert found.trace == ()
+    assert found.deletions > 200
+
+
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0)])
 def test_nothing_is_lost_where_sessions_are_taken_over(order: tuple[int, ...]) -> None:
     """`scripts/torture search --adoption` does three writers: one takes over what another one took."""
@@ -53,6 +61,7 @@ def test_without_this_rule_something_that_was_taken_over_is_lost(mutant: Mutant)
 
 @pytest.mark.parametrize("mutant", [one for one in Mutant if one not in ADOPTION])
 def test_without_this_rule_something_is_lost(mutant: Mutant) -> None:
-    found = search(Config(writers=1, collectors=2, mutant=mutant))
+    damage = mutant is Mutant.DAMAGED_IS_ENDED
+    found = search(Config(writers=1, collectors=2, damage=damage, mutant=mutant))
     assert found.trace != ()
     assert any(step.startswith("collector: C6 deletes pack") for step in found.trace)
