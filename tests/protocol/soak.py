@@ -246,6 +246,7 @@ def _is_expected(exc: Error) -> bool:
     """Whether a run may end so beside others: loud, and nothing is acknowledged."""
     words = (
         "was revoked",
+        "was taken over",
         "is forgotten",
         "no backup",
         "being forgotten",
