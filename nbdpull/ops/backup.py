@@ -55,12 +55,13 @@ from nbdpull.ops.machinestate import (
 )
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
+from nbdpull.ops.reconnecting import reconnecting
 from nbdpull.ops.resuming import RESUME_WITHIN_S, check_same, find_unfinished
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call, store_deadline, wait_for_stores_again
 from nbdpull.repo.deadline import abandoned_calls
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
-from nbdpull.source.address import MonitorAddress
+from nbdpull.source.address import MonitorAddress, SourceAddress
 from nbdpull.source.base import (
     CannotGoOnError,
     Disk,
@@ -267,6 +268,21 @@ async def backup(
     check_names("chain", [options.chain])
     check_names("tag", options.tags)
     check_names("VM", [options.vm])
+
+    async def attempt() -> BackupResult:
+        return await _attempt(options, qemu, address, definitions, progress)
+
+    # A new point in time would be another backup than the one that was asked for.
+    return await (reconnecting(attempt) if options.resume_within_s > 0 else attempt())
+
+
+async def _attempt(
+    options: BackupOptions,
+    qemu: QemuOptions,
+    address: SourceAddress,
+    definitions: Sequence[File],
+    progress: ProgressCallback | None,
+) -> BackupResult:
     repository = await call(_open, options)
 
     def say(text: str) -> None:

@@ -153,7 +153,8 @@ def test_a_lost_connection_fails_the_backup_and_the_next_one_clears_up(
         source = server.uri(vm.socket)
         first = keeper.backup(source)
         vm.wait_written(10)
-        with running_backup(vm, keeper, "-l", "full", *SLOWLY, source=source) as client:
+        options = ("-l", "full", "--resume-within", "0s", *SLOWLY)
+        with running_backup(vm, keeper, *options, source=source) as client:
             server.cut()
             _, errors = client.communicate(timeout=60)
         assert client.returncode == 1
