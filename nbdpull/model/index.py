@@ -117,18 +117,14 @@ class Directory:
         Raises:
             FormatError: there is none.
         """
-        at = int(np.searchsorted(self._offsets, offset))
-        if at >= len(self._offsets) or int(self._offsets[at]) != offset:
+        at = len(self._offsets)
+        if 0 <= offset < _PACK_SIZE_MAX:
+            # Of the array's own type, or numpy would convert the whole array.
+            at = int(self._offsets.searchsorted(np.uint32(offset)))
+        if at >= len(self._offsets) or self._offsets[at] != offset:
             raise FormatError(f"no frame at {offset}")
-        entry = self.entries[at]
-        return FrameHeader(
-            clen=int(entry["clen"]),
-            rlen=int(entry["rlen"]),
-            codec=Codec(int(entry["codec"])),
-            kind=FrameKind(int(entry["kind"])),
-            number=at,
-            digest=bytes(entry["digest"]),
-        )
+        _, clen, rlen, codec, kind, _, digest = self.entries[at].item()
+        return FrameHeader(clen, rlen, Codec(codec), FrameKind(kind), at, digest)
 
     def encode(self) -> bytes:
         """The stored form: 48 bytes a frame, and a tag where they are encrypted."""

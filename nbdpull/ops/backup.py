@@ -42,7 +42,7 @@ from nbdpull.model.results import (
     ProgressKind,
     Quiesced,
 )
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.disknames import check_names
 from nbdpull.ops.heal import Healer

@@ -13,7 +13,7 @@ from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import CopyResult
 from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.rekey import rekeying
 from nbdpull.ops.threads import in_thread
 from nbdpull.repo.repository import Backup, Repository

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from typing import Generic, TypeVar
 
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 
 __all__ = ["FairQueue"]
 

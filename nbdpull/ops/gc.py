@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import GcResult
 from nbdpull.model.results import ProgressCallback
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.threads import in_thread
 from nbdpull.repo.repository import Repository
 

@@ -13,7 +13,7 @@ from nbdpull.model.damage import DamagedFrame, Place
 from nbdpull.model.frame import FrameKind
 from nbdpull.model.grain import GRAIN, SEGMENT
 from nbdpull.model.ids import SessionId
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.damage import KNOWN_MAX, Pack
 from nbdpull.repo.repository import DiskReader, Repository
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 
 __all__ = ["RateLimit"]
 

@@ -31,7 +31,7 @@ from nbdpull.model.outcomes import RepackResult
 from nbdpull.model.results import ProgressCallback
 from nbdpull.model.retention import STALE_S
 from nbdpull.model.segment import Interval, Segment
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.recommit import Recommit
 from nbdpull.ops.threads import in_thread

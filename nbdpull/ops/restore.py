@@ -1,4 +1,6 @@
 """Restore: the disks of one backup into files, an export, a device or a stream."""
+# What a raw file in a folder of ours does not need is loaded where it is used, libnbd for one.
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
@@ -28,14 +30,10 @@ from nbdpull.ops.push import DiskPush, push
 from nbdpull.ops.threads import in_thread, worker_count
 from nbdpull.repo.repository import Backup, DiskReader, Repository
 from nbdpull.target.base import Target
-from nbdpull.target.blockdev import BlockDevice
-from nbdpull.target.export import Export
 from nbdpull.target.filename import disk_file_name
 from nbdpull.target.filewriter import pwrite_all
 from nbdpull.target.partfile import PartFile, failed
-from nbdpull.target.qcow2 import Qcow2File
 from nbdpull.target.rawfile import RawFile
-from nbdpull.target.stream import Stream
 
 __all__ = ["RestoreOptions", "restore"]
 
@@ -272,11 +270,17 @@ def _place(
     if to == "-":
         # The descriptor itself: nothing may lie in the buffer of `sys.stdout`, before or after.
         sys.stdout.flush()
+        from nbdpull.target.stream import Stream
+
         return lambda _summary: Stream(1, cancel)
     if scheme:
         if options.tls is not None:
             to = with_tls(to, look_at_tls(options.tls, server=False))
+        from nbdpull.target.export import Export
+
         return lambda summary: Export(to, summary.size, cancel=cancel, connections=worker_count())
+    from nbdpull.target.blockdev import BlockDevice
+
     return lambda summary: BlockDevice(to, summary.size, force=options.force)
 
 
@@ -306,6 +310,8 @@ def _place_files(
         raise TargetError(f"can't create the folder '{folder}': {reason}") from exc
     if options.format == "raw":
         return lambda summary: RawFile(paths[summary.disk], summary.size, force=options.force)
+    from nbdpull.target.qcow2 import Qcow2File
+
     return lambda summary: Qcow2File(
         paths[summary.disk],
         summary.size,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.deadline import Deadline, current
 
 __all__ = [

@@ -35,7 +35,7 @@ from nbdpull.model.manifest import Manifest, SegmentRef, Summary
 from nbdpull.model.outcomes import VerifyLevel, VerifyResult
 from nbdpull.model.results import ProgressCallback
 from nbdpull.model.segment import Interval, Segment
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.findings import Damages, Findings, Keys, Seen
 from nbdpull.ops.lost import PARTIAL, Suspect, damaged_frame, mend_indexes, record_damage, suspects
