@@ -157,6 +157,17 @@ class Segment:
         _fill(owner, self._rows, 0)
         return owner >= 0
 
+    def runs(self) -> list[tuple[int, int]]:
+        """The longest runs of grains [start, end) that intervals cover without a gap."""
+        if not len(self):
+            return []
+        start = self._rows[:, 0]
+        end = start + self._rows[:, 1]
+        gap = start[1:] != end[:-1]
+        starts = start[np.concatenate(([True], gap))]
+        ends = end[np.concatenate((gap, [True]))]
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
     def covers(self, grain: int) -> bool:
         """Whether an interval covers this grain."""
         at = int(np.searchsorted(self._rows[:, 0], grain, side="right")) - 1

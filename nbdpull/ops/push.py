@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from nbdpull.errors import DamagedError
 from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT, segment_count
 from nbdpull.model.segment import Interval, Segment
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import run_all, worker_count
 from nbdpull.repo.ranges import RANGE_MAX, Fetched
@@ -98,6 +98,9 @@ class _Plan:
                 segment = self._disk.reader.segment(index)
             except DamagedError as exc:
                 raise _lost(self._disk.name, base, end, exc) from exc
+            for start, stop in segment.runs():
+                begin = base + start * GRAIN
+                self._disk.target.expect(begin, min(base + stop * GRAIN, end) - begin)
             lot: list[list[_Piece]] = []
             weight = 0
             for batch in _batches(segment, base, end, self._grains):

@@ -29,6 +29,12 @@ class Target(Protocol):
     name: str
     note: str
 
+    def expect(self, offset: int, length: int) -> None:
+        """Told, before any of a range is written, that nearly all of it will be: room for it can be made at once.
+
+        Never raises.
+        """
+
     def write(self, offset: int, data: Buffer) -> int:
         """Put `data` at `offset`; the bytes that were not skipped as zeroes.
 

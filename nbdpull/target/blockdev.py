@@ -94,6 +94,9 @@ class BlockDevice:
         # First what also frees space, then what only zeroes, at last plain writes.
         self._ways = [self._punch, self._zero_out, self._write_zeroes]
 
+    def expect(self, offset: int, length: int) -> None:
+        """Nothing to do: there is no room to be made."""
+
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
         data_runs: list[tuple[int, int]] = []

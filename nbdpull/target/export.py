@@ -102,6 +102,9 @@ class Export:
         finally:
             self._free.put(connection)
 
+    def expect(self, offset: int, length: int) -> None:
+        """Nothing to do: there is no room to be made."""
+
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
         view = memoryview(data)

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -28,11 +29,15 @@ _PAGE = mmap.PAGESIZE
 _WORTH = 128 * 1024
 """Bytes for each direct write, on the average, from which on they are."""
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_PUNCH_HOLE = 2  # FALLOC_FL_PUNCH_HOLE
+_HOLES_MAX = 4096
+_HOLES_BYTES = 32 << 20
+"""So much room a restore may take for zeroes, before it gives it back: punching waits for all direct writes."""
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 
 
-def _fallocate_of_libc() -> Callable[[int, int, int], int]:
-    """fallocate(2) that leaves a file's size as it is: not 0 where it failed.
+def _fallocate_of_libc() -> Callable[[int, int, int, int], int]:
+    """fallocate(2), of a descriptor, a mode, an offset and a length: not 0 where it failed.
 
     Python has posix_fallocate alone, which writes into every block where the storage can't allocate.
     """
@@ -41,8 +46,8 @@ def _fallocate_of_libc() -> Callable[[int, int, int], int]:
     call = getattr(libc, "fallocate64", None) or libc.fallocate
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-    def fallocate(fd: int, offset: int, length: int) -> int:
-        return int(call(fd, _KEEP_SIZE, offset, length))
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        return int(call(fd, mode, offset, length))
 
     return fallocate
 
@@ -78,7 +83,48 @@ class FileWriter:
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT
             self._direct_fd = os.open(f"/proc/self/fd/{fd}", flags)
         self.direct = self._direct_fd >= 0
-        self._allocates = True
+        self._lock = threading.Lock()
+        self._allocates = self.direct
+        self._allocated = False
+        self._holes: list[tuple[int, int]] = []
+        self._hole_bytes = 0
+
+    def make_room(self, offset: int, length: int) -> None:
+        """Have room for direct writes into a range, where this storage can be asked for it.
+
+        ext4 takes a file's lock alone for a direct write into a hole, until the storage has answered, and shares
+        it where room was allocated before. Allocating waits for all direct writes that are on their way: better
+        once for much than for each of them.
+        """
+        if not self._allocates:
+            return
+        if _fallocate(self._fd, _KEEP_SIZE, offset, length):
+            # Where the disk is full a write says so in a moment.
+            self._allocates = False
+        else:
+            self._allocated = True
+
+    def leave(self, offset: int, length: int) -> None:
+        """Note that nothing is written into whole pages for which there may be room: they shall take none."""
+        if not self._allocated:
+            return
+        with self._lock:
+            self._holes.append((offset, length))
+            self._hole_bytes += length
+            if len(self._holes) < _HOLES_MAX and self._hole_bytes < _HOLES_BYTES:
+                return
+            holes, self._holes, self._hole_bytes = self._holes, [], 0
+        self._punch(holes)
+
+    def give_back(self) -> None:
+        """Let go of the room that `leave` was told of; no write is under way."""
+        holes, self._holes = self._holes, []
+        self._punch(holes)
+
+    def _punch(self, holes: Sequence[tuple[int, int]]) -> None:
+        for offset, length in holes:
+            # Where it fails zeroes take room: they read the same.
+            _fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def write(self, data: Buffer, offset: int, runs: Sequence[tuple[int, int]]) -> int:
         """Put the `runs` of `data`, which begins at `offset` of the file, where they belong.
@@ -111,7 +157,6 @@ class FileWriter:
     def _write_direct(self, view: memoryview, offset: int, start: int, end: int) -> int:
         """Write whole pages; where in `view` it stopped, because this storage takes no more of them."""
         while start < end and self.direct:
-            self._allocate(offset + start, end - start)
             try:
                 done = os.pwrite(self._direct_fd, view[start:end], offset + start)
             except OSError as exc:
@@ -124,16 +169,6 @@ class FileWriter:
             if done % _PAGE:
                 break
         return start
-
-    def _allocate(self, offset: int, length: int) -> None:
-        """Have room for the next direct write, where this storage can be asked for it.
-
-        ext4 takes a file's lock alone for a direct write into a hole, until the storage has answered,
-        and shares it where room was allocated before.
-        """
-        if self._allocates and _fallocate(self._direct_fd, offset, length):
-            # Where the disk is full the write says so in a moment.
-            self._allocates = False
 
     def wrote(self, length: int) -> None:
         """Count bytes that the caller wrote through the page cache by other means."""

@@ -131,6 +131,9 @@ class Qcow2File:
         self._log.seek(0)
         return _tail(self._log.read())
 
+    def expect(self, offset: int, length: int) -> None:
+        """Nothing to do: there is no room to be made."""
+
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
         try:

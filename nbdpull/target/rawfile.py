@@ -13,6 +13,8 @@ __all__ = ["RawFile"]
 
 _BLOCK = 4096
 """A hole is at least one file system block; the same as `qemu-img convert` takes."""
+_ROOM = 1024 * 1024
+"""Room is made for ranges from this length on: for shorter ones there would be more calls than writes."""
 
 
 class RawFile:
@@ -40,9 +42,19 @@ class RawFile:
             raise failed(f"make a file of {size} bytes at", self.name, exc) from exc
         self._writer = FileWriter(self._part.fd)
 
+    def expect(self, offset: int, length: int) -> None:
+        """See `Target.expect`."""
+        if length >= _ROOM:
+            self._writer.make_room(offset, length)
+
     def write(self, offset: int, data: Buffer) -> int:
         """See `Target.write`."""
-        data_runs = [(start, end) for start, end, zero in runs(data, _BLOCK) if not zero]
+        data_runs: list[tuple[int, int]] = []
+        for start, end, zero in runs(data, _BLOCK):
+            if zero:
+                self._writer.leave(offset + start, end - start)
+            else:
+                data_runs.append((start, end))
         try:
             return self._writer.write(data, offset, data_runs)
         except OSError as exc:
@@ -53,6 +65,7 @@ class RawFile:
 
     def finish(self) -> None:
         """See `Target.finish`."""
+        self._writer.give_back()
         self._writer.stop()
         self._part.publish()
 

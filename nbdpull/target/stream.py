@@ -11,7 +11,7 @@ import stat
 import threading
 
 from nbdpull.errors import TargetError, UsageError
-from nbdpull.nbdio.connection import Cancelled
+from nbdpull.nbdio.errors import Cancelled
 from nbdpull.target.base import Buffer
 from nbdpull.target.partfile import failed
 
@@ -69,6 +69,9 @@ class Stream:
                 self._own = True
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BUFFER)
+
+    def expect(self, offset: int, length: int) -> None:
+        """Nothing to do: there is no room to be made."""
 
     def write(self, offset: int, data: Buffer) -> int:
         """Send `data` as soon as everything below `offset` was sent."""

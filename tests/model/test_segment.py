@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ def test_overlay_does_what_is_done_grain_by_grain(history: list[tuple[list[Kind]
         assert content(segment) == expected
         assert np.flatnonzero(segment.covered(48)).tolist() == sorted(expected)
         assert [grain for grain in range(48) if segment.covers(grain)] == sorted(expected)
+        runs = segment.runs()
+        assert [grain for run in runs for grain in range(*run)] == sorted(expected)
+        assert all(end < start for (_, end), (start, _) in pairwise(runs))
         assert segment.packs() == Packs.of((key[0], key[1]) for key in expected.values())
         # What a backup stores must be what the next one reads.
         again = Segment.decode(segment.encode(), grains=48, sessions=session + 1)

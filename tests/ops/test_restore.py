@@ -28,6 +28,8 @@ from nbdpull.model.results import Progress, ProgressKind
 from nbdpull.ops.restore import RestoreOptions, restore
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
+from nbdpull.target.base import Buffer
+from nbdpull.target.rawfile import RawFile
 from tests.ops.builder import Disk, add_backup
 from tests.target.helpers import MIB, allocated, disk_bytes, names, same
 
@@ -160,6 +162,35 @@ def test_sparse_disk_over_several_segments_stays_sparse(
     compare = ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", str(want), str(out / "d.raw")]
     subprocess.run(compare, check=True)
     assert allocated(out / "d.raw") <= allocated(want) + 64 * 1024
+
+
+def test_a_target_is_told_of_each_run_of_data_before_any_of_it_is_written(
+    repository: Repository, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    early: list[int] = []
+    expect, write = RawFile.expect, RawFile.write
+
+    def noted(self: RawFile, offset: int, length: int) -> None:
+        told.append((offset, offset + length))
+        expect(self, offset, length)
+
+    def checked(self: RawFile, offset: int, data: Buffer) -> int:
+        if not any(start <= offset and offset + len(data) <= end for start, end in told):
+            early.append(offset)
+        return write(self, offset, data)
+
+    monkeypatch.setattr(RawFile, "expect", noted)
+    monkeypatch.setattr(RawFile, "write", checked)
+    # Two runs, the second one up to the disk's odd end, of several frames each.
+    number = SEGMENT // GRAIN
+    at = [*range(3, 43), *range(number - 1, number + 39)]
+    disk = Disk((number + 38) * GRAIN + 100, {one: bytes([one % 251 + 1]) * GRAIN for one in at})
+    disk.grains[at[-1]] = b"e" * 100
+    backup = add_backup(repository, {"d": disk})["d"].summary.backup
+    run(repository, backup, out)
+    assert told == [(3 * GRAIN, 43 * GRAIN), (SEGMENT - GRAIN, SEGMENT), (SEGMENT, disk.size)]
+    assert early == []
 
 
 def test_empty_disk(repository: Repository, out: Path) -> None:

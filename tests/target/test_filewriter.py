@@ -30,6 +30,9 @@ class Paged:
         self._target = target
         self.name = target.name
 
+    def expect(self, offset: int, length: int) -> None:
+        self._target.expect(offset, length)
+
     def write(self, offset: int, data: Buffer) -> int:
         room = memoryview(mmap.mmap(-1, len(data)))
         room[:] = data
@@ -105,7 +108,7 @@ def test_what_the_storage_does_not_take_directly_goes_through_the_cache(
     assert path.read_bytes() == disk
 
 
-def test_a_direct_write_finds_its_room_allocated_and_no_more_than_that(
+def test_what_is_expected_has_its_room_before_it_is_written_and_no_more_than_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room: list[int] = []
@@ -118,13 +121,33 @@ def test_a_direct_write_finds_its_room_allocated_and_no_more_than_that(
     monkeypatch.setattr(os, "pwrite", noted)
     path = tmp_path / "d.raw"
     target = Paged(RawFile(path, 8 * MIB, force=False))
-    target.write(3 * MIB, random_bytes(MIB))
+    target.expect(3 * MIB, 2 * MIB)
+    for at in (3 * MIB, 4 * MIB):
+        target.write(at, random_bytes(MIB))
     target.zero(0, 3 * MIB)
-    target.zero(4 * MIB, 4 * MIB)
+    target.zero(5 * MIB, 3 * MIB)
     target.finish()
-    assert bool(room[0] >= MIB) == _takes_direct(tmp_path)
+    assert bool(room[0] >= 2 * MIB) == _takes_direct(tmp_path)
     assert path.stat().st_size == 8 * MIB
-    assert path.stat().st_blocks * 512 < 2 * MIB
+    assert path.stat().st_blocks * 512 < 3 * MIB
+
+
+@pytest.mark.parametrize("most", [1, 1000], ids=["on the way", "at the end"])
+def test_zeroes_in_what_was_expected_take_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(filewriter, "_HOLES_MAX", most)
+    piece = random_bytes(MIB // 4)
+    half = piece + bytes(MIB // 4)
+    disk = half * 8 + bytes(4096) + piece[4096:] + half[:-5]
+    path = tmp_path / "d.raw"
+    target = Paged(RawFile(path, len(disk), force=False))
+    target.expect(0, len(disk))
+    for at in range(0, len(disk), MIB):
+        target.write(at, disk[at : at + MIB])
+    target.finish()
+    assert path.read_bytes() == disk
+    assert path.stat().st_blocks * 512 < len(disk) * 2 // 3
 
 
 def test_storage_that_cannot_allocate_is_asked_once_and_written_all_the_same(
@@ -132,14 +155,17 @@ def test_storage_that_cannot_allocate_is_asked_once_and_written_all_the_same(
 ) -> None:
     asked: list[int] = []
 
-    def refuse(_fd: int, offset: int, _length: int) -> int:
+    def refuse(_fd: int, _mode: int, offset: int, _length: int) -> int:
         asked.append(offset)
         return -1
 
     monkeypatch.setattr(filewriter, "_fallocate", refuse)
     disk = random_bytes(3 * MIB)
     path = tmp_path / "d.raw"
-    fill(Paged(RawFile(path, len(disk), force=False)), disk, threads=1)
+    target = Paged(RawFile(path, len(disk), force=False))
+    for at in (0, MIB):
+        target.expect(at, MIB)
+    fill(target, disk, threads=1)
     assert path.read_bytes() == disk
     assert len(asked) == (1 if _takes_direct(tmp_path) else 0)
 
