@@ -47,7 +47,7 @@ enter() {{
     cd -P -- {folder} && [ "${{PWD##*/}}" = {name} ] || return 1
     set -- $(ls -ldn .)
     owner=$3:$4
-    case $1 in drwx------*) ;; *) return 1 ;; esac
+    case $1 in drwx--[-S]---*) ;; *) return 1 ;; esac
     ours lock && chown "$me" .
 }}
 leave() {{
@@ -55,7 +55,8 @@ leave() {{
 }}
 """
 # From `enter` to `leave` the folder is this user's, so that a name in it stays what it was found to be.
-# A file is ours if it is a plain one of this user or root that has one name and that nobody else may write to.
+# Its set-group-id bit is its parent's. A file is ours if it is a plain one of this user or root that has one
+# name and that nobody else may write to.
 
 _READ: Final = r"""
 enter 2>/dev/null || {{ printf '\nfolder\n'; exit; }}

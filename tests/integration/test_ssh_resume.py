@@ -287,9 +287,11 @@ def test_record_journal_and_lock_there_are_taken_over_by_one(
     server: SshServer, tmp_path: Path
 ) -> None:
     scratch = folder_of(tmp_path)
+    scratch.chmod(0o2755)
     with linked() as link:
         path, journal = begun(link, scratch)
         note(journal, entries(0, 40))
+        assert path.stat().st_mode & 0o2000
         assert path.stat().st_uid == NOBODY
         (found,) = Elsewhere(link).find_all(str(scratch))
         assert found.alive
