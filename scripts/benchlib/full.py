@@ -30,6 +30,7 @@ class _Full:
         self.domain = domain
         self.socket = setting.folder / "serve"
         self.result: dict[str, Any] = {}
+        self.encrypted_result: dict[str, Any] = {}
         self.repository = setting.folder / "repository"
 
     # -- ours --------------------------------------------------------------------------------------
@@ -44,7 +45,10 @@ class _Full:
     def encrypted(self) -> Usage:
         key = self.setting.folder / "key"
         repository = fresh_repository(self.setting, "encrypted", key=key)
-        return backup(self.domain.uri, repository, "copy", server=self.domain.pid, key=key)[0]
+        usage, self.encrypted_result = backup(
+            self.domain.uri, repository, "copy", server=self.domain.pid, key=key
+        )
+        return usage
 
     def check_encrypted(self) -> None:
         self.check_ours(self.setting.folder / "encrypted", decrypting())
@@ -304,6 +308,7 @@ def _pairs(setting: Setting, work: _Full, server: int, results: Results) -> None
         ),
     ]
     results.tables["profile-full"] = profile_line("full", work.result)
+    results.tables["profile-encrypted"] = profile_line("full, encrypted", work.encrypted_result)
     for name in (
         "push",
         "convert",

@@ -128,7 +128,9 @@ def page(path: Path, results: Results, head: str) -> None:
     for pairs in results.pairs.values():
         for pair in pairs:
             lines += _pair_rows(pair)
-    profiles = [results.tables.get(f"profile-{name}", "") for name in ("full", "incremental")]
+    profiles = [
+        results.tables.get(f"profile-{name}", "") for name in ("full", "encrypted", "incremental")
+    ]
     if any(profiles):
         lines += [
             "",
