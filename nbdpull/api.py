@@ -156,9 +156,10 @@ def cancellable() -> Iterator[Cancel]:
 
 
 def calls_left_behind() -> bool:
-    """Whether requests to a store that did not answer are still under way, in threads of their own.
+    """Whether calls to a store that did not answer are still under way, in threads of their own.
 
-    They end after minutes, need nobody, and don't keep the interpreter from ending.
+    Requests to an object store end after minutes, calls to a folder when its file system answers again. They need
+    nobody, and don't keep the interpreter from ending.
     """
     from nbdpull.repo.deadline import abandoned_calls  # noqa: PLC0415 - as below
 

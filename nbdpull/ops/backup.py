@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from nbdpull.errors import (
@@ -323,6 +323,21 @@ def _count_from(one: _Chosen) -> str | None:
     return one.disk.told or one.decision.base.checkpoint
 
 
+@asynccontextmanager
+async def _while_it_lasts(frozen: PointInTime) -> AsyncIterator[None]:
+    """Whatever is done at a point in time: that it was lost is why it failed, and is a failure of its own."""
+    try:
+        yield
+    except (Cancelled, SourceError) as exc:
+        if (lost := await frozen.why_lost()) is not None:
+            raise lost from exc
+        if isinstance(exc, Cancelled):
+            raise PointInTimeLostError("the pull was stopped") from exc
+        raise
+    if frozen.lost is not None:
+        raise frozen.lost
+
+
 class _Run:
     """One backup from the frozen view to the confirmed checkpoint."""
 
@@ -354,8 +369,8 @@ class _Run:
         self.journal: Journal | None = None
         self.committing = False
         self.manifests: list[Manifest] = []
-        self._stop: Callable[[], None] = lambda: None
         self._deadline = store_deadline()
+        self._stop: Callable[[], None] = self._give_up_store
 
     async def choose(self, backup_id: BackupId, level: Level | None) -> None:
         """Decide what to do with each disk, and say it."""
@@ -449,7 +464,10 @@ class _Run:
         self.record = None
         self.journal = None
         self.sessions.clear()
-        self._stop = lambda: None
+        self._stop = self._give_up_store
+
+    def _give_up_store(self) -> None:
+        self._deadline.set_in(0)
 
     def _freeze(
         self, record: Unfinished | None, plans: Sequence[DiskPlan]
@@ -479,12 +497,13 @@ class _Run:
             clock = time.monotonic() - max(0.0, time.time() - began)
             async with self._freeze(record, plans) as frozen:
                 self.record = record
-                # Before anything else: it can't be frozen, and is to be as old as the disks.
-                if self.options.keeps_machine:
-                    await call(self._keep_machine)
-                await self._keep_record(frozen, began)
-                pulls = await call(self._begin, frozen)
-                await self._pull(frozen, pulls)
+                async with _while_it_lasts(frozen):
+                    # Before anything else: it can't be frozen, and is to be as old as the disks.
+                    if self.options.keeps_machine:
+                        await call(self._keep_machine)
+                    await self._keep_record(frozen, began)
+                    pulls = await call(self._begin, frozen)
+                    await self._pull(frozen, pulls)
             lies = self._heed_audit(pulls)
             await call(self._seal, pulls)
             duration_s = time.monotonic() - clock
@@ -599,18 +618,9 @@ class _Run:
             if frozen.lost is not None:
                 stop()
 
-        try:
-            self.times = await pull(
-                pulls, rate=self.options.rate, progress=self.progress, on_start=started
-            )
-        except (Cancelled, SourceError) as exc:
-            if (lost := await frozen.why_lost()) is not None:
-                raise lost from exc
-            if isinstance(exc, Cancelled):
-                raise PointInTimeLostError("the pull was stopped") from exc
-            raise
-        if frozen.lost is not None:
-            raise frozen.lost
+        self.times = await pull(
+            pulls, rate=self.options.rate, progress=self.progress, on_start=started
+        )
 
     def _heed_audit(self, pulls: Sequence[DiskPull]) -> list[str]:
         """Make fulls of the disks whose bitmap was found to lie; returns a warning for each."""

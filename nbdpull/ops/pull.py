@@ -305,7 +305,8 @@ async def pull(
     Returns:
         Where the time went.
 
-    When it returns or raises, every thread has ended and every NBD connection is closed. A connection that is
+    When it returns or raises, every thread has ended, but those that a store lets hang, and every NBD connection is
+    closed. A connection that is
     lost is made again a few times, where all disks are `kept`. The point in time is held until then, at the
     guest's cost: so when it fails, or is stopped or cancelled, no store is waited for.
 
@@ -332,9 +333,11 @@ async def pull(
         planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
             trimming = [state.trim] if any(disk.trims for disk in disks) else []
+            threads = [Puller(state.state) for _ in range(pullers)]
             run_all(
-                [*planners, *trimming, *[Puller(state.state).run for _ in range(pullers)]],
+                [*planners, *trimming],
                 cancel,
+                leavable=[(puller.run, puller.leave) for puller in threads],
                 on_failure=failed,
             )
         finally:

@@ -118,6 +118,7 @@ class _Readers:
     def __init__(self, state: PullState, times: ThreadTimes) -> None:
         self._state = state
         self._times = times
+        self._lock = threading.Lock()
         self._readers: OrderedDict[str, _Reader] = OrderedDict()
 
     def of(self, disk: DiskPull) -> _Reader:
@@ -132,8 +133,10 @@ class _Readers:
         return reader
 
     def close(self) -> None:
-        """Close all."""
-        for reader in self._readers.values():
+        """Close all; a second call, also from another thread, does nothing."""
+        with self._lock:
+            readers, self._readers = self._readers, OrderedDict()
+        for reader in readers.values():
             reader.close()
 
 
@@ -170,6 +173,10 @@ class Puller:
         finally:
             self._readers.close()
             self._state.times.add(self._times)
+
+    def leave(self) -> None:
+        """Close its connections, while its thread hangs in a call to a store: see `run_all`."""
+        self._readers.close()
 
     def _frames(self) -> Iterator[_Frame]:
         """All that is to be read, frame by frame; the next one is begun before one is handed out.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from nbdpull.nbdio.errors import Cancelled
-from nbdpull.repo.deadline import Deadline, current
+from nbdpull.repo.deadline import Deadline, Leavable, current
 
 __all__ = [
     "call",
@@ -31,6 +32,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _MAX_WORKERS = 16
 _NICE = 10
+_LOOK_S = 30.0
 _GRACE_S = 2.0
 """For what a store is asked when a verb is cancelled: its answer comes by far sooner, or not soon at all."""
 
@@ -71,8 +73,8 @@ async def in_thread(work: Callable[[threading.Event], _T], *, grace_s: float = _
     """What `work` returns or raises, run in a thread of its own.
 
     When the caller is cancelled, the event given to `work` is set, and its end is waited for before
-    `CancelledError` goes on: `work` has cleaned up, and no thread outlives the call but those of requests
-    to a store that did not answer for `grace_s` more.
+    `CancelledError` goes on: `work` has cleaned up, and no thread outlives the call but those that
+    a store did not answer for `grace_s` more.
     """
     loop = asyncio.get_running_loop()
     deadline = store_deadline()
@@ -101,6 +103,7 @@ async def in_thread(work: Callable[[threading.Event], _T], *, grace_s: float = _
                 cancel.set()
                 deadline.set_in(grace_s)
     thread.join()
+    deadline.rest()
     if cancelled is None:
         return result.result()
     failure = result.exception()
@@ -114,37 +117,93 @@ async def call(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) 
     return await in_thread(lambda _cancel: function(*args, **kwargs))
 
 
+class _Worker:
+    """One of the threads of `run_all`."""
+
+    def __init__(
+        self,
+        work: Callable[[], None],
+        failed: Callable[[BaseException], None],
+        woken: queue.SimpleQueue[_Worker | None],
+        leave: Callable[[], None] | None = None,
+    ) -> None:
+        self._work = work
+        self._failed = failed
+        self._woken = woken
+        self._leave = leave
+        self._own = Leavable(woken)
+        self.thread = threading.Thread(target=self._run, name="nbdpull-worker", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            if self._leave is None:
+                self._work()
+            else:
+                with self._own:
+                    self._work()
+        except BaseException as exc:  # noqa: BLE001 - raised in the caller's thread
+            # Of one that was left behind nobody wants to hear: what failed may be under way once more by now.
+            if not self._own.is_left:
+                self._failed(exc)
+        self._woken.put(self)
+
+    @property
+    def left_s(self) -> float:
+        """For how long it is waited for."""
+        return self._own.left_s
+
+    def given_up(self, *, look: bool) -> bool:
+        """Whether it is left behind where it is, from now on; then it has failed."""
+        exc = self._own.given_up(look=look)
+        if exc is None:
+            return False
+        self._failed(exc)
+        if self._leave is not None:
+            self._leave()
+        return True
+
+
 def run_all(
     workers: Sequence[Callable[[], None]],
     cancel: threading.Event,
     *,
+    leavable: Sequence[tuple[Callable[[], None], Callable[[], None]]] = (),
     on_failure: Callable[[], None] = lambda: None,
 ) -> None:
     """Run each in a thread of its own until all have ended.
 
     The first failure sets `cancel`, which each worker must look at, and is raised when all have ended.
-    `on_failure` is called then, too, by the thread that failed.
+    `on_failure` is called then, too, by the thread that failed. Of the workers in `leavable` threads are left behind
+    that hang in a call to a store; what comes second closes what such a one holds, and is called by this thread.
     """
     lock = threading.Lock()
     failures: list[BaseException] = []
 
-    def run(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as exc:  # noqa: BLE001 - raised below, in the caller's thread
-            with lock:
-                failures.append(exc)
-            cancel.set()
-            on_failure()
+    def failed(exc: BaseException) -> None:
+        with lock:
+            failures.append(exc)
+        cancel.set()
+        on_failure()
 
-    threads = [
-        threading.Thread(target=run, args=(work,), name="nbdpull-worker", daemon=True)
-        for work in workers
+    woken: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+    running = [
+        *[_Worker(work, failed, woken) for work in workers],
+        *[_Worker(work, failed, woken, leave) for work, leave in leavable],
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for worker in running:
+        worker.thread.start()
+    while running:
+        left_s = min(worker.left_s for worker in running)
+        look, ended = False, None
+        try:
+            ended = woken.get(timeout=max(0.0, min(left_s, _LOOK_S)))
+        except queue.Empty:
+            look = left_s > _LOOK_S
+        if ended is None:
+            running = [worker for worker in running if not worker.given_up(look=look)]
+        elif ended in running:
+            ended.thread.join()
+            running.remove(ended)
     # The others raise Cancelled because of the first one, which can have come from outside.
     real = [exc for exc in failures if not isinstance(exc, Cancelled)]
     if failures:

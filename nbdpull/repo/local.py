@@ -5,6 +5,10 @@ link(2) fails when the key is taken, which makes `create` atomic between any num
 killed process leaves nothing behind. Then the folder is synced, and after it the folders above whose entries
 this process does not know to be durable yet: another process may have made them a moment ago, and not
 have synced them. In this order a file system with a journal writes it once: it holds all of these entries.
+
+A folder on a hard-mounted network file system whose server is gone lets no call return. So each is made within
+the verb's deadline, see `nbdpull.repo.deadline`; a call that was left behind does as little as it can when it
+goes on after all.
 """
 
 from __future__ import annotations
@@ -16,15 +20,19 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from nbdpull.errors import StoreError
+from nbdpull.repo.deadline import Deadline, Told, current, directly_in_time, ended_in_time, in_time
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
 
-__all__ = ["LocalStore", "sync_folder", "told"]
+__all__ = ["LocalStore", "folder_call", "sync_folder", "told"]
+
+_T = TypeVar("_T")
 
 _TMP: Final = ".tmp-"
 _TMP_AGE_S: Final = 3600.0
@@ -34,6 +42,12 @@ _OWN_FOLDERS: Final = ("d/", "x/")
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TRIES: Final = 2
 _NO_OBJECT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_LOOK_S: Final = 30.0
+"""How often a call is looked at that does not return: syncs of a slow disk do within seconds."""
+_LOOKS: Final = 120
+"""Until it has failed: a server that is started again answers within minutes."""
+_ENTRIES: Final = 128
+"""Of a folder, that are looked at in one call."""
 _HINTS: Final = {
     errno.ENOSPC: "make room and try again",
     errno.EDQUOT: "the quota is used up: make room and try again",
@@ -56,6 +70,11 @@ def told(what: str, path: Path) -> Iterator[None]:
         ) from exc
 
 
+def folder_call(deadline: Deadline | None, what: str, where: Path, work: Callable[[], _T]) -> _T:
+    """What `work`, which has to do with `where`, returns or raises, unless it hangs: see `Deadline.within`."""
+    return in_time(deadline, work, Told(what, where, look_s=_LOOK_S, looks=_LOOKS))
+
+
 def sync_folder(folder: Path) -> None:
     """Make a folder's entries durable."""
     fd = os.open(folder, _FOLDER)
@@ -66,27 +85,60 @@ def sync_folder(folder: Path) -> None:
 
 
 class _LocalUpload:
+    """A file under way. Calls may be inside it that were left behind: the last one to leave closes it."""
+
     def __init__(self, store: LocalStore, key: str) -> None:
         self._store = store
         self._path = store.path(key)
         self._name: str | None = None
-        with told("write in", store.root):
-            self._fd = self._open(store.root)
-
-    def _open(self, root: Path) -> int:
+        self._fd = -1
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._given_up = False
         try:
-            return os.open(root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            if exc.errno not in _NO_TMPFILE or not root.is_dir():
-                raise
-        fd, self._name = tempfile.mkstemp(prefix=_TMP, dir=root)
-        # The lock tells `remove_leftovers` that its writer lives.
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
+            store.call("write", self._path, self._open)
+        except BaseException:
+            self.abort()
+            raise
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with self._lock:
+            self._check()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                last = self._given_up and not self._inside
+            if last:
+                self._close()
+
+    def _check(self) -> None:
+        if self._given_up:
+            raise StoreError(f"the writing of {self._path} was given up")
+
+    def _open(self) -> None:
+        root = self._store.root
+        with told("write in", root), self._entered():
+            try:
+                self._fd = os.open(root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except OSError as exc:
+                if exc.errno not in _NO_TMPFILE or not root.is_dir():
+                    raise
+            else:
+                return
+            self._fd, self._name = tempfile.mkstemp(prefix=_TMP, dir=root)
+            # The lock tells `remove_leftovers` that its writer lives.
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, offset: int, *parts: bytes | bytearray | memoryview) -> None:
-        with told("write", self._path):
+        self._store.call_directly("write", self._path, lambda: self._write(offset, parts))
+
+    def _write(self, offset: int, parts: tuple[bytes | bytearray | memoryview, ...]) -> None:
+        with told("write", self._path), self._entered():
             want = sum(map(len, parts))
             done = os.pwritev(self._fd, parts, offset)
             if done < want:
@@ -97,12 +149,18 @@ class _LocalUpload:
 
     def commit(self) -> None:
         try:
-            with told("sync", self._path):
-                os.fdatasync(self._fd)
-            with told("create", self._path):
-                self._link()
+            self._store.call("write", self._path, self._commit)
         finally:
             self.abort()
+
+    def _commit(self) -> None:
+        with self._entered():
+            with told("sync", self._path):
+                os.fdatasync(self._fd)
+            with self._lock:
+                self._check()  # whoever is gone has given this object up
+            with told("create", self._path):
+                self._link()
 
     def _link(self) -> None:
         path = self._path
@@ -126,9 +184,18 @@ class _LocalUpload:
             self._store.sync_above(path.parent)
 
     def abort(self) -> None:
+        with self._lock:
+            close = not self._given_up and not self._inside and self._fd >= 0
+            self._given_up = True
+        if close:
+            # It can hang, too: what was not written yet is then.
+            self._store.end("close", self._path, self._close)
+
+    def _close(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with suppress(OSError):
+            if fd >= 0:
+                os.close(fd)
         if self._name is not None:
             with suppress(OSError):
                 Path(self._name).unlink()
@@ -141,6 +208,25 @@ class LocalStore:
         self.root = root
         self._durable = {root}
         self._lock = threading.Lock()
+        self._deadline = current.get()
+
+    def call(self, what: str, path: Path, work: Callable[[], _T]) -> _T:
+        """What `work` returns or raises, unless it hangs.
+
+        Raises:
+            Cancelled: the verb's deadline was over before it was done.
+            StoreError: it hangs for too long.
+        """
+        return folder_call(self._deadline, what, path, work)
+
+    def call_directly(self, what: str, path: Path, work: Callable[[], _T]) -> _T:
+        """The same, by this very thread where that can be left behind."""
+        told = Told(what, path, look_s=_LOOK_S, looks=_LOOKS)
+        return directly_in_time(self._deadline, work, told)
+
+    def end(self, what: str, path: Path, work: Callable[[], None]) -> None:
+        """Have `work` done, which lets go of something: also after the deadline, and not waited for then."""
+        ended_in_time(self._deadline, work, Told(what, path))
 
     def path(self, key: str) -> Path:
         """Where an object is."""
@@ -200,6 +286,10 @@ class LocalStore:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """See `Store.get_range`."""
         path = self.path(key)
+        return self.call("read", path, lambda: self._read(path, start, length))
+
+    @staticmethod
+    def _read(path: Path, start: int, length: int) -> bytes:
         with told("read", path), _missing(path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
@@ -219,7 +309,7 @@ class LocalStore:
         """See `Store.stat`."""
         path = self.path(key)
         with told("look at", path), _missing(path):
-            state = path.lstat()
+            state = self.call("look at", path, path.lstat)
         if not stat.S_ISREG(state.st_mode):
             raise KeyMissingError(f"{path} is missing")
         return Listed(key, state.st_size, state.st_mtime)
@@ -229,31 +319,22 @@ class LocalStore:
         return self._walk(self.path(prefix) if prefix else self.root, prefix)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[Listed]:
-        with told("list", folder):
-            try:
-                with os.scandir(folder) as found:
-                    entries = sorted(found, key=lambda entry: entry.name)
-            except (FileNotFoundError, NotADirectoryError):
-                return
-        for entry in entries:
-            key = f"{prefix}/{entry.name}" if prefix else entry.name
-            try:
-                check_key(key)
-            except ValueError:
-                continue
-            with told("list", folder / entry.name):
-                try:
-                    state = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-            if stat.S_ISDIR(state.st_mode):
-                yield from self._walk(folder / entry.name, key)
-            elif stat.S_ISREG(state.st_mode):
-                yield Listed(key, state.st_size, state.st_mtime)
+        entries = self.call("list", folder, lambda: _entries(folder, prefix))
+        for start in range(0, len(entries), _ENTRIES):
+            some = entries[start : start + _ENTRIES]
+            for key, path, state in self.call("list", folder, partial(_looked_at, some)):
+                if stat.S_ISDIR(state.st_mode):
+                    yield from self._walk(path, key)
+                elif stat.S_ISREG(state.st_mode):
+                    yield Listed(key, state.st_size, state.st_mtime)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         path = self.path(key)
+        self.call("delete", path, lambda: self._delete(key, path))
+
+    @staticmethod
+    def _delete(key: str, path: Path) -> None:
         with (
             told("delete", path),
             suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError),
@@ -270,6 +351,9 @@ class LocalStore:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left where files can't be without a name (NFS, for one)."""
+        self.call("list", self.root, self._remove_leftovers)
+
+    def _remove_leftovers(self) -> None:
         for path in self.root.glob(f"{_TMP}*"):
             with suppress(OSError):
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -280,6 +364,34 @@ class LocalStore:
                         path.unlink()
                 finally:
                     os.close(fd)
+
+
+def _entries(folder: Path, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:
+    """What of a folder may be ours, by key."""
+    with told("list", folder):
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    named = []
+    for entry in entries:
+        key = f"{prefix}/{entry.name}" if prefix else entry.name
+        with suppress(ValueError):
+            named.append((check_key(key), entry))
+    return named
+
+
+def _looked_at(
+    entries: Sequence[tuple[str, os.DirEntry[str]]],
+) -> list[tuple[str, Path, os.stat_result]]:
+    """Those that are still there."""
+    found = []
+    for key, entry in entries:
+        path = Path(entry.path)
+        with told("list", path), suppress(FileNotFoundError):
+            found.append((key, path, entry.stat(follow_symlinks=False)))
+    return found
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 from nbdpull.errors import StoreError, UsageError
 from nbdpull.model.config import Lock
-from nbdpull.repo.local import LocalStore, sync_folder, told
+from nbdpull.repo.deadline import current
+from nbdpull.repo.local import LocalStore, folder_call, sync_folder, told
 from nbdpull.repo.probe import LISTED, PROBE
 from nbdpull.repo.store import Store
 
@@ -87,6 +88,11 @@ def new_store(location: str) -> tuple[Store, int]:
     if _scheme(location) in _CLOUDS:
         return _new_prefix(location)
     root = _folder(location)
+    folder_call(current.get(), "make", root, lambda: _new_folder(root))
+    return LocalStore(root), 0
+
+
+def _new_folder(root: Path) -> None:
     with told("use", root):
         if root.exists() and not root.is_dir():
             raise UsageError(f"{root} is a file, expected a folder or nothing")
@@ -95,7 +101,6 @@ def new_store(location: str) -> tuple[Store, int]:
         if root.exists() and not all(_NOTHING.fullmatch(path.name) for path in root.iterdir()):
             raise UsageError(f"{root} is not empty; choose an empty or a new folder")
     _make_root(root)
-    return LocalStore(root), 0
 
 
 def _new_prefix(location: str) -> tuple[Store, int]:

@@ -29,7 +29,7 @@ from nbdpull.errors import StoreError
 from nbdpull.model.config import Lock
 from nbdpull.repo.buffer import Budget, MemoryUpload
 from nbdpull.repo.cloud import Cloud
-from nbdpull.repo.deadline import current, in_time
+from nbdpull.repo.deadline import Told, current, in_time
 from nbdpull.repo.objectlock import lock_headers, lockable, locked_until
 from nbdpull.repo.patience import PATIENCE, Patience
 from nbdpull.repo.retention import CONNECTIONS, Retention, load
@@ -160,7 +160,7 @@ class ObjectStore:
         retention = self._retention
         if time.time() < made or retention is None:
             return made
-        return self._in_time(lambda: retention.until(key))
+        return self._in_time("look at", key, lambda: retention.until(key))
 
     def hold(self, keys: Iterable[str], until: float, further: float) -> int | None:
         """Extend the locks of objects that end before `until`, to `further`; how many that were.
@@ -180,9 +180,9 @@ class ObjectStore:
             return None
 
         def one(key: str) -> bool:
-            short = self._in_time(lambda: retention.until(key)) < until
+            short = self._in_time("look at", key, lambda: retention.until(key)) < until
             if short:
-                self._in_time(lambda: retention.extend(key, lock.mode, further))
+                self._in_time("lock", key, lambda: retention.extend(key, lock.mode, further))
             return short
 
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
@@ -201,7 +201,7 @@ class ObjectStore:
             if retention is None:
                 return made
             # Who may not see locks is told of none.
-            return self._in_time(lambda: retention.until(listed.key)) or made
+            return self._in_time("look at", listed.key, lambda: retention.until(listed.key)) or made
 
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="nbdpull-lock") as threads:
             return list(threads.map(one, objects))
@@ -235,10 +235,11 @@ class ObjectStore:
             StoreError: it kept failing, or `stopped` was set meanwhile.
             Cancelled: the verb's deadline was over before it was done.
         """
-        return self._in_time(lambda: self._try(what, key, work, stopped))
+        return self._in_time(what, key, lambda: self._try(what, key, work, stopped))
 
-    def _in_time(self, work: Callable[[], _T]) -> _T:
-        return in_time(self._deadline, work)
+    def _in_time(self, what: str, key: str, work: Callable[[], _T]) -> _T:
+        where = f"{self.cloud}/{key}" if key else self.cloud
+        return in_time(self._deadline, work, Told(what, where))
 
     def _try(
         self, what: str, key: str, work: Callable[[], _T], stopped: threading.Event | None
@@ -333,7 +334,7 @@ class ObjectStore:
             # or the object was deleted just now.
             if time.monotonic() - began > self._patience.retry_s:
                 raise self._error("create", key, done)
-            self._in_time(partial(time.sleep, pause_s))
+            self._in_time("create", key, partial(time.sleep, pause_s))
             pause_s = min(2 * pause_s, self._patience.pause_max_s)
 
     def _holds(self, key: str, data: memoryview) -> bool | None:
@@ -436,7 +437,7 @@ class ObjectStore:
         pages = obstore.list(self._pages, prefix or None, chunk_size=1000)
         while True:
             try:
-                page = self._in_time(lambda: next(pages, None))
+                page = self._in_time("list", prefix, lambda: next(pages, None))
             except (BaseError, FileNotFoundError) as exc:
                 text = str(exc)
                 trouble = diagnose(text)

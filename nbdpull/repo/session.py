@@ -74,6 +74,7 @@ class _Pack:
     seq: int
     upload: Upload
     keys: PackKeys | None
+    header: bytes
     end: int = PACK_HEADER_SIZE
     writing: int = 0
     full: bool = False
@@ -293,14 +294,15 @@ class Session:
         seq = self._next_seq
         try:
             keys = None if self._keys is None else new_pack_keys(self._keys, seq)
-            pack = _Pack(seq, self._store.begin(f"d/{self.id}/{seq:08x}"), keys)
-            self._pack = pack
             header = PackHeader(seq, bytes.fromhex(self._repository), bytes.fromhex(self.id))
             if keys is not None:
                 header = replace(
                     header, suite=ENCRYPTED, salt=keys.salt, commitment=keys.commitment()
                 )
-            pack.upload.write(0, header.encode())
+            # Nothing is written under the lock: a thread that hangs there is left behind.
+            upload = self._store.begin(f"d/{self.id}/{seq:08x}")
+            pack = _Pack(seq, upload, keys, header.encode())
+            self._pack = pack
         except BaseException as exc:
             self._failure = self._failure or exc
             raise
@@ -363,6 +365,7 @@ class Session:
         directory = pack.directory()
         raw = directory.encode()
         footer = encode_footer(blake3(raw).digest(), pack.end, len(pack.entries))
+        pack.upload.write(0, pack.header)
         pack.upload.write(pack.end, raw, footer)
         pack.upload.commit()
         _log.debug("pack d/%s/%08x: %d frames", self.id, pack.seq, len(pack.entries))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
+from nbdpull.errors import StoreError
 from nbdpull.nbdio.connection import Cancelled
+from nbdpull.ops import threads
 from nbdpull.ops.threads import (
     call,
     give_way,
@@ -19,7 +22,9 @@ from nbdpull.ops.threads import (
     wait_for_stores_again,
     worker_count,
 )
-from nbdpull.repo.deadline import Deadline, current, in_time
+from nbdpull.repo.deadline import Deadline, Told, abandoned_calls, current, in_time
+
+TOLD = Told("read", "/mnt/x")
 
 
 def test_result_and_error_come_back() -> None:
@@ -135,13 +140,15 @@ def test_a_cancelled_call_does_not_wait_for_a_store() -> None:
             begun.set()
             gate.wait(240)
 
-        in_time(current.get(), hang)
+        in_time(current.get(), hang, Told("read", "x"))
 
     try:
         raised = cancelled_in_the_middle(work)
     finally:
         gate.set()
     assert isinstance(raised, asyncio.CancelledError)
+    while abandoned_calls():
+        time.sleep(0.01)
 
 
 def test_all_run_at_once_and_to_their_end() -> None:
@@ -202,3 +209,81 @@ def test_a_thread_that_gives_way_does_so_alone() -> None:
     assert len(seen) == 2
     assert all(one >= max(before, 5) for one in seen)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+@pytest.mark.parametrize("when", ["over", "impatient"])
+def test_a_worker_that_hangs_in_a_call_to_a_store_is_left_behind_and_does_nothing_more(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_LOOK_S", 0.05)
+    deadline = Deadline()
+    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
+    done: list[str] = []
+    failures: list[str] = []
+
+    def hang() -> None:
+        done.append(threading.current_thread().name)
+        begun.set()
+        gate.wait(240)
+
+    def work() -> None:
+        try:
+            deadline.directly(hang, Told("write", "/mnt/x", look_s=0.05, looks=3))
+            done.append("went on")
+        finally:
+            ended.set()
+
+    def other() -> None:
+        assert begun.wait(30)
+        if when == "over":
+            deadline.set_in(0)
+
+    cancel = threading.Event()
+    try:
+        with pytest.raises(Cancelled if when == "over" else StoreError):
+            run_all(
+                [other],
+                cancel,
+                leavable=[(work, lambda: done.append("closed"))],
+                on_failure=lambda: failures.append(when),
+            )
+        assert cancel.is_set()
+        assert done == ["nbdpull-worker", "closed"]
+        assert not ended.is_set()
+        assert abandoned_calls()
+    finally:
+        gate.set()
+    assert ended.wait(30)
+    for thread in threading.enumerate():
+        if thread.name == "nbdpull-worker":
+            thread.join(30)
+    assert done == ["nbdpull-worker", "closed"]
+    assert failures == [when]
+    assert not abandoned_calls()
+
+
+def test_a_worker_whose_calls_to_a_store_end_in_time_comes_to_its_end() -> None:
+    deadline = Deadline()
+    deadline.set_in(600)
+    done: list[str] = []
+
+    def work() -> None:
+        for _ in range(100):
+            deadline.directly(lambda: done.append(threading.current_thread().name), TOLD)
+
+    run_all([], threading.Event(), leavable=[(work, lambda: done.append("closed"))])
+    assert set(done) == {"nbdpull-worker"}
+    assert len(done) == 100
+
+
+def test_no_call_to_a_store_is_begun_after_the_deadline() -> None:
+    deadline = Deadline()
+    deadline.set_in(0)
+    done: list[int] = []
+    with pytest.raises(Cancelled):
+        run_all(
+            [],
+            threading.Event(),
+            leavable=[(lambda: deadline.directly(lambda: done.append(1), TOLD), lambda: None)],
+        )
+    assert done == []

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from nbdpull.errors import StoreError
+from nbdpull.nbdio.errors import Cancelled
+from nbdpull.repo.deadline import Deadline, abandoned_calls, current
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError
 from tests.repo.conformance import StoreConformance
@@ -192,6 +195,8 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from nbdpull.nbdio.errors import Cancelled
+from nbdpull.repo.deadline import Deadline, abandoned_calls, current
 from nbdpull.repo.local import LocalStore
 upload = LocalStore(Path(sys.argv[1])).begin("d/a/b")
 upload.write(0, b"x" * 1000)
@@ -260,3 +265,63 @@ def test_a_sessions_empty_folder_goes_and_can_be_made_again(tmp_path: Path) -> N
     assert (tmp_path / "m/bb").is_dir()
     store.create("d/aa/02", b"y")
     assert store.get("d/aa/02", limit=9) == b"y"
+
+
+class TestConformanceWithinADeadline(StoreConformance):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> LocalStore:
+        return within(Deadline(), tmp_path)
+
+
+def within(deadline: Deadline, root: Path) -> LocalStore:
+    token = current.set(deadline)
+    try:
+        return LocalStore(root)
+    finally:
+        current.reset(token)
+
+
+def open_files(root: Path) -> list[str]:
+    fds = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]  # noqa: PTH208
+    return [str(fd.readlink()) for fd in fds if fd.is_symlink() and str(root) in str(fd.readlink())]
+
+
+@pytest.mark.parametrize("names", [False, True], ids=["nameless", "named"])
+@pytest.mark.parametrize("what", ["open", "pwritev", "fdatasync"])
+def test_a_call_that_is_left_behind_makes_no_object_and_leaves_nothing_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, *, names: bool
+) -> None:
+    if names:
+        no_tmpfile(monkeypatch)
+    deadline = Deadline()
+    store = within(deadline, tmp_path)
+    store.create("m/before", b"1")
+    begun, gate = threading.Event(), threading.Event()
+    real = getattr(os, what)
+
+    def hang(*args: object, **kwargs: object) -> object:
+        begun.set()
+        gate.wait(240)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, what, hang)
+    raised: list[BaseException] = []
+
+    def create() -> None:
+        try:
+            store.create("m/x", b"2")
+        except Cancelled as exc:
+            raised.append(exc)
+
+    writer = threading.Thread(target=create)
+    writer.start()
+    assert begun.wait(30)
+    deadline.set_in(0)
+    writer.join(30)
+    assert raised
+    gate.set()
+    while abandoned_calls():
+        time.sleep(0.01)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["before", "m"]
+    assert open_files(tmp_path) == []
