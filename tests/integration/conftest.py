@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,10 @@ from typing import Any
 import pytest
 
 import nbdpull
+from tests.support.process import stop
+
+GUARD_S = 120
+"""Far below what a store is waited for otherwise, and by far enough on a machine that is busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +58,26 @@ def keeper(tmp_path: Path) -> Keeper:
     repository = str(tmp_path / "repo")
     nbdpull.init(repository)
     return Keeper(repository, tmp_path / "s", tmp_path / "restored")
+
+
+def interrupted(
+    client: subprocess.Popen[str], reached: threading.Event, signum: signal.Signals
+) -> str:
+    """Have a client end by a signal once its store hangs; what it said."""
+    try:
+        while not reached.wait(0.1):
+            assert client.poll() is None, client.communicate()
+        client.send_signal(signum)
+        out, err = client.communicate(timeout=GUARD_S)
+    finally:
+        stop(client)
+    assert client.returncode == 128 + signum, err
+    assert out == ""
+    assert err.splitlines()[-1] == f"nbdpull: ended by {signum.name}; everything was torn down"
+    return err
+
+
+def noise(tmp_path: Path, size: int) -> str:
+    """A qemu-io command that writes what can't be compressed."""
+    (tmp_path / "noise").write_bytes(random.Random(5).randbytes(size))
+    return f"write -q -s {tmp_path}/noise 1M {size}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nbdpull
-from tests.integration.conftest import Keeper
+from tests.integration.conftest import GUARD_S, Keeper, interrupted, noise
 from tests.support.bootwriter import BootWriter
 from tests.support.disk import MIB, compare, create_disk
 from tests.support.process import run, stop
@@ -22,9 +21,6 @@ from tests.support.proxy import Fault, Proxy, Request, proxy
 from tests.support.stores import SeaweedFs
 from tests.support.tools import QEMU_72, QemuTools
 from tests.support.vm import Vm
-
-_GUARD_S = 120
-"""Far below what the store is waited for otherwise, and by far enough on a machine that is busy."""
 
 
 class Hang:
@@ -82,27 +78,6 @@ def start(front: Proxy, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def interrupted(client: subprocess.Popen[str], hang: Hang, signum: signal.Signals) -> str:
-    """Have it end by a signal while it hangs; what it said."""
-    try:
-        while not hang.reached.wait(0.1):
-            assert client.poll() is None, client.communicate()
-        client.send_signal(signum)
-        out, err = client.communicate(timeout=_GUARD_S)
-    finally:
-        stop(client)
-    assert client.returncode == 128 + signum, err
-    assert out == ""
-    assert err.splitlines()[-1] == f"nbdpull: ended by {signum.name}; everything was torn down"
-    return err
-
-
-def noise(tmp_path: Path, size: int) -> str:
-    """A qemu-io command that writes what can't be compressed."""
-    (tmp_path / "noise").write_bytes(random.Random(5).randbytes(size))
-    return f"write -q -s {tmp_path}/noise 1M {size}"
-
-
 def test_a_signal_ends_a_backup_whose_packs_hang_and_the_next_one_takes_them_over(
     qemu_tools: QemuTools, far: Keeper, front: Proxy, tmp_path: Path
 ) -> None:
@@ -119,7 +94,7 @@ def test_a_signal_ends_a_backup_whose_packs_hang_and_the_next_one_takes_them_ove
         client = start(
             front, "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, "--json"
         )
-        interrupted(client, hang, signum)
+        interrupted(client, hang.reached, signum)
         front.plan = lambda _request: None
         assert not any(vm.leftovers().values())
         assert list(far.scratch.iterdir()) == []
@@ -156,7 +131,7 @@ def test_a_signal_while_the_commit_hangs_leaves_a_chain_that_goes_on(
         front.plan = hang = Hang(wanted)
         client = start(front, "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch)
         try:
-            interrupted(client, hang, signal.SIGINT)
+            interrupted(client, hang.reached, signal.SIGINT)
         finally:
             front.plan = lambda _request: None
         assert not any(vm.leftovers().values())
@@ -193,7 +168,7 @@ def test_scratch_that_fills_up_while_the_store_hangs_ends_the_backup_and_not_the
                 while not hang.reached.wait(0.1):
                     assert client.poll() is None, client.communicate()
                 vm.cont()  # it overwrites 16 MiB, and there is room for four
-                _, err = client.communicate(timeout=_GUARD_S)
+                _, err = client.communicate(timeout=GUARD_S)
             finally:
                 stop(client)
                 front.plan = lambda _request: None
@@ -234,7 +209,7 @@ def test_a_signal_ends_every_other_verb_whose_reads_hang(
     front.plan = hang = Hang(
         lambda request: request.method == "GET" and not request.lists and part(request) == kind
     )
-    interrupted(start(front, *arguments), hang, signal.SIGINT)
+    interrupted(start(front, *arguments), hang.reached, signal.SIGINT)
     front.plan = lambda _request: None
     if verb == "restore":
         assert list(out.iterdir()) == []
@@ -256,7 +231,7 @@ def test_an_embedding_program_gets_control_back(
     with nbdpull.cancellable() as cancel:
 
         def watch() -> None:
-            hang.reached.wait(_GUARD_S)
+            hang.reached.wait(GUARD_S)
             cancel()
 
         watcher = threading.Thread(target=watch)

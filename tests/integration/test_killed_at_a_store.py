@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import nbdpull
-from tests.integration.conftest import Keeper
-from tests.integration.test_hanging_store import Hang, noise, part, start
+from tests.integration.conftest import Keeper, noise
+from tests.integration.test_hanging_store import Hang, part, start
 from tests.support.disk import MIB, Disk, compare, create_disk
 from tests.support.process import stop
 from tests.support.proxy import Proxy, Request, proxy
