@@ -15,9 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdpull.errors import (
     Error,
@@ -27,8 +28,9 @@ from nbdpull.errors import (
     SourceError,
     UsageError,
 )
-from nbdpull.model.archive import File
+from nbdpull.model.archive import File, pack_files, unpack_files
 from nbdpull.model.chain import Decision, obsolete
+from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Manifest, Summary
@@ -49,6 +51,7 @@ from nbdpull.ops.heal import Healer
 from nbdpull.ops.kept import Kept
 from nbdpull.ops.lineage import Chain, backup_level, known_checkpoints, known_disks, parent_of
 from nbdpull.ops.machinestate import (
+    TPM,
     MachinePart,
     collect_files,
     read_definitions,
@@ -56,9 +59,10 @@ from nbdpull.ops.machinestate import (
 from nbdpull.ops.pull import DiskPull, pull
 from nbdpull.ops.pulltimes import PullTimes
 from nbdpull.ops.reconnecting import reconnecting
-from nbdpull.ops.resuming import RESUME_WITHIN_S, check_same, find_unfinished
+from nbdpull.ops.resuming import RESUME_WITHIN_S, check_files, check_same, find_unfinished
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call, store_deadline, wait_for_stores_again
+from nbdpull.ops.waiting import Waiting
 from nbdpull.repo.deadline import abandoned_calls
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
 from nbdpull.source.address import MonitorAddress, SourceAddress
@@ -310,10 +314,14 @@ async def _attempt(
         if (done := await run.go_on()) is not None:
             return done
         await _recover(source, options, chain, say)
-        await run.choose(BackupId(os.urandom(8).hex()), options.level)
+        await run.choose(BackupId(os.urandom(8).hex()), options.level, run.lies)
         if options.keeps_machine:
             run.described = await source.machine()
         return await run.go()
+
+
+def _distrust(lie: str) -> str:
+    return f"its changed-block tracking can't be trusted: {lie}"
 
 
 def _count_from(one: _Chosen) -> str | None:
@@ -364,6 +372,8 @@ class _Run:
         self.sessions: list[Session] = []
         self.described: tuple[str, bytes] | None = None
         self.definitions: Sequence[File] = ()
+        self.kept_files: Sequence[File] = ()
+        self.lies: dict[str, str] = {}
         self.machine: MachinePart | None = None
         self.record: Unfinished | None = None
         self.journal: Journal | None = None
@@ -372,14 +382,19 @@ class _Run:
         self._deadline = store_deadline()
         self._stop: Callable[[], None] = self._give_up_store
 
-    async def choose(self, backup_id: BackupId, level: Level | None) -> None:
-        """Decide what to do with each disk, and say it."""
+    async def choose(
+        self, backup_id: BackupId, level: Level | None, distrusted: Mapping[str, str]
+    ) -> None:
+        """Decide what to do with each disk; all of those whose changes are `distrusted`, by name, is read."""
         options, chain = self.options, self.chain
         disks = await self.source.disks(include=options.include, exclude=options.exclude)
         check_names("disk", (disk.name for disk in disks))
         chosen = []
         for disk in disks:
             decision, parent = await call(chain.choose, disk, level, options.since)
+            if decision.base is not None and disk.name in distrusted:
+                reason = _distrust(distrusted[disk.name])
+                decision, parent = Decision(level=Level.FULL, reason=reason), None
             like = await call(chain.like, disk, self.reuse.base) if parent is None else None
             if like is not None:
                 reason = (
@@ -412,6 +427,7 @@ class _Run:
                 level=one.decision.level,
                 base=_count_from(one),
                 checkpoint=one.checkpoint,
+                lie=self.lies.get(one.disk.name),
             )
             for one in self.chosen
         )
@@ -423,19 +439,21 @@ class _Run:
                 self.source,
                 self.chain,
                 level=self.options.level,
-                keeps_machine=self.options.keeps_machine,
                 within_s=self.options.resume_within_s,
             )
             if record is None:
                 return None
+            self._remember(record)
+            distrusted = {one.name: one.lie for one in record.disks if one.base is None and one.lie}
             try:
-                await self.choose(BackupId(record.backup), record.asked)
+                await self.choose(BackupId(record.backup), record.asked, distrusted)
             except (
                 SourceError,
                 UsageError,
             ) as exc:  # told again, if it is so without that run, too
                 raise CannotGoOnError(str(exc)) from exc
             check_same(record, self._disks())
+            self.kept_files = await self._files_of(record)
             # Numbered in QEMU's names as they were then.
             order = [told.name for told in record.disks]
             self.chosen.sort(key=lambda one: order.index(one.disk.name))
@@ -446,6 +464,8 @@ class _Run:
             )
             return await self.go(record)
         except CannotGoOnError as exc:
+            if exc.record is not None:
+                self._remember(exc.record)
             self._say(f"a backup that did not come to its end can't be gone on with: {exc}")
         except (MonitorError, HostLostError):
             raise  # QEMU can't be reached: there is nothing to begin again with
@@ -456,6 +476,28 @@ class _Run:
         await self._begin_again()
         return None
 
+    def _remember(self, record: Unfinished) -> None:
+        """Keep in mind what its audit found: what changes were counted from is there still, and is chosen again."""
+        if not self.chain.backups or self.chain.backups[0].time < record.time:
+            self.lies = {one.name: one.lie for one in record.disks if one.lie is not None}
+
+    async def _files_of(self, record: Unfinished) -> Sequence[File]:
+        """The files that it was to keep with its backup, which are those that are asked for now."""
+        if self.options.keeps_machine:
+            self.described = await self.source.machine()
+        now = [name for name, _ in self.definitions]
+        now += [] if self.described is None else [self.described[0]]
+        now += [] if self.options.tpm_state is None else [TPM]
+        raw = None
+        if isinstance(self.source, Resumable):
+            raw = await self.source.kept_files(record)
+        try:
+            then = () if raw is None else unpack_files(raw)
+        except FormatError as exc:
+            raise CannotGoOnError(str(exc)) from exc
+        check_files([name for name, _ in then], now)
+        return then
+
     async def _begin_again(self) -> None:
         """Forget the try to go on, once nothing of it is in use any more."""
         if isinstance(self.source, Resumable):
@@ -463,6 +505,9 @@ class _Run:
         wait_for_stores_again(self._deadline)
         self.record = None
         self.journal = None
+        self.machine = None
+        self.kept_files = ()
+        self.described = None
         self.sessions.clear()
         self._stop = self._give_up_store
 
@@ -499,9 +544,12 @@ class _Run:
                 self.record = record
                 async with _while_it_lasts(frozen):
                     # Before anything else: it can't be frozen, and is to be as old as the disks.
-                    if self.options.keeps_machine:
-                        await call(self._keep_machine)
-                    await self._keep_record(frozen, began)
+                    files: Sequence[File] = self.kept_files
+                    if self.options.keeps_machine and record is None:
+                        files = await call(self._collect)
+                    await self._keep_record(frozen, began, files)
+                    if files:
+                        await call(self._keep_machine, files)
                     pulls = await call(self._begin, frozen)
                     await self._pull(frozen, pulls)
             lies = self._heed_audit(pulls)
@@ -519,7 +567,7 @@ class _Run:
             summaries, began, duration_s, frozen.cost, frozen.quiesced, (*lies, *warnings)
         )
 
-    async def _keep_record(self, frozen: PointInTime, began: float) -> None:
+    async def _keep_record(self, frozen: PointInTime, began: float, files: Sequence[File]) -> None:
         """From here on another process can go on, should this one die."""
         if not isinstance(frozen, RecordedPointInTime):
             return
@@ -534,13 +582,15 @@ class _Run:
             asked=self.options.level,
             disks=self._disks(),
         )
-        self.journal = await frozen.keep_record(record)
+        archive = await call(pack_files, files) if files else None
+        self.journal = await frozen.keep_record(record, archive)
 
-    def _keep_machine(self) -> None:
-        files = collect_files(self.definitions, self.options.tpm_state, self.described)
-        if files:
-            before = self.chain.machine()
-            self.machine = MachinePart(self.repository, vm=self.vm, files=files, before=before)
+    def _collect(self) -> Sequence[File]:
+        return collect_files(self.definitions, self.options.tpm_state, self.described)
+
+    def _keep_machine(self, files: Sequence[File]) -> None:
+        before = self.chain.machine()
+        self.machine = MachinePart(self.repository, vm=self.vm, files=files, before=before)
 
     def _begin(self, frozen: PointInTime) -> list[DiskPull]:
         pulls = []
@@ -569,6 +619,9 @@ class _Run:
                     f"disk {one.disk.name}: a backup that did not come to its end stored"
                     f" {format_size(session.adopted.nbytes)}; what of it is still the same is not stored again"
                 )
+            waiting = None
+            if journal is not None and served.trims:
+                waiting = Waiting(journal, session)
             reader: DiskReader | None = None
             if one.parent is not None:
                 reader = self.repository.reader(one.parent)
@@ -581,6 +634,9 @@ class _Run:
                     granularity=served.granularity,
                     overwritten=served.overwritten,
                     trims=served.trims,
+                    waiting=waiting,
+                    lie=self._known_lie(one),
+                    on_lie=partial(self._note_lie, frozen, one.disk.name),
                     near=served.near,
                     connections=served.connections,
                     parent=reader,
@@ -592,6 +648,17 @@ class _Run:
                 )
             )
         return pulls
+
+    def _known_lie(self, one: _Chosen) -> list[str]:
+        """What the audit found of a disk that is read in full for it."""
+        lie = self.lies.get(one.disk.name)
+        return [] if lie is None or one.decision.level is Level.COPY else [lie]
+
+    def _note_lie(self, frozen: PointInTime, disk: str, lie: str) -> None:
+        """Remember what the audit found, whatever becomes of this try, and of this process."""
+        self.lies[disk] = lie
+        if isinstance(frozen, RecordedPointInTime):
+            frozen.note_lie(disk, lie)
 
     def _begin_session(self, one: _Chosen) -> Session:
         return self.repository.begin(
@@ -627,7 +694,7 @@ class _Run:
         warnings = []
         for number, (one, done) in enumerate(zip(self.chosen, pulls, strict=True)):
             for lie in done.lie:
-                reason = f"its changed-block tracking can't be trusted: {lie}"
+                reason = _distrust(lie)
                 decision = Decision(level=Level.FULL, reason=reason)
                 self.chosen[number] = replace(one, decision=decision)
                 warnings.append(

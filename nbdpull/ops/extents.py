@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbdpull.model.grain import GRAIN, Kind, Kinds
 from nbdpull.nbdio.connection import ReplyError
@@ -44,13 +45,22 @@ def zero_where_known(
     start: int,
     end: int,
     overwritten: Overwritten | None = None,
+    told: NDArray[np.bool_] | None = None,
 ) -> None:
     """Turn DATA in [start, end) into ZERO where the server says that it reads as zeroes.
 
     QEMU 7.2 tells of a point in time (snapshot-access) what overwritten blocks are *now*: what the guest
     has zeroed since would be kept as zero. So what was overwritten is read, whatever its status says.
+
+    Grains that are set in `told` are not asked about: they may be trimmed, and a status that touches one is refused.
+    With it `start` must be a grain's.
     """
     if allocation is None:
+        return
+    if told is not None:
+        for first, last in _runs(~told[(start - base) // GRAIN : -((base - end) // GRAIN)]):
+            since, until = start + first * GRAIN, min(start + last * GRAIN, end)
+            zero_where_known(kinds, allocation, base, since, until, overwritten)
         return
     try:
         starts, ends, flags = allocation.read(start, end)
@@ -64,6 +74,11 @@ def zero_where_known(
         mark(kinds, starts[data], ends[data], base, Kind.DATA)
     for since, until in overwritten(start, end) if overwritten is not None else ():
         kinds[(since - base) // GRAIN : -((base - until) // GRAIN)] = Kind.DATA
+
+
+def _runs(wanted: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def mark_changed(kinds: Kinds, dirty: StatusReader, base: int, end: int) -> bool:
@@ -81,6 +96,7 @@ def plan_changed(
     base: int,
     end: int,
     overwritten: Overwritten | None = None,
+    told: NDArray[np.bool_] | None = None,
 ) -> int:
     """Fill in `kinds` from a dirty bitmap; returns the changed bytes."""
     starts, ends, flags = dirty.read(base, end)
@@ -96,5 +112,5 @@ def plan_changed(
     # Asking for strictly what changed matters where the point in time shows nothing else (mode C).
     for index in np.flatnonzero(ends - starts >= _ASK_GRAINS * GRAIN).tolist():
         first, last = int(starts[index]), int(ends[index])
-        zero_where_known(kinds, allocation, base, first, last, overwritten)
+        zero_where_known(kinds, allocation, base, first, last, overwritten, told)
     return changed_bytes

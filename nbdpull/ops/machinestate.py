@@ -29,7 +29,10 @@ from nbdpull.model.segment import Interval, Segment
 from nbdpull.ops.disknames import MACHINE
 from nbdpull.repo.repository import DiskReader, Found, ParentGoneError, Repository, Session
 
-__all__ = ["MachinePart", "collect_files", "read_definitions", "read_machine"]
+__all__ = ["TPM", "MachinePart", "collect_files", "read_definitions", "read_machine"]
+
+TPM: Final = "tpm/"
+"""What the names of a TPM's files begin with."""
 
 _FILE_MAX: Final = 16 << 20
 _DEPTH: Final = 3

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbdpull.errors import NbdError
 from nbdpull.model.grain import (
@@ -46,7 +47,7 @@ from nbdpull.ops.pulltimes import PullTimes, ThreadTimes
 from nbdpull.ops.pullwork import Batch, DiskPull, SegmentWork, finish, left_to_read
 from nbdpull.ops.rate import RateLimit
 from nbdpull.ops.threads import in_thread, run_all, store_deadline, worker_count
-from nbdpull.ops.trimming import Trimmer, trim_unchanged
+from nbdpull.ops.trimming import Trimmer, long_runs, trim_unchanged
 
 __all__ = ["DiskPull", "pull"]
 
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 _QUEUE: Final = 16
 _LANES: Final = 4
 """Disks that are pulled at a time: more would only need more of the connections that QEMU allows."""
+_LOOK_S: Final = 0.1
 _ALLOCATION: Final = ("base:allocation",)
 
 
@@ -82,6 +84,9 @@ class _Pull:
         self.meter = meter
         self.unchanged: FairQueue[DiskPull] = FairQueue(1, len(disks), cancel)
         self._planning = self.lanes
+        self._disks = tuple(disks)
+        self._pulling = pullers
+        self._pulled = threading.Event()
 
     def close(self) -> None:
         """Close what the threads shared, once they have ended."""
@@ -159,17 +164,15 @@ class _Pull:
         if disk.context is None:
             self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
-        if disk.kept is None or not disk.kept.audited:
-            lie = self._audit(disk, connection, second)
-            if lie is not None:
-                disk.lie.append(lie)
-            if disk.kept is not None:
-                disk.kept.audited = True
+        if not disk.lie and not _is_audited(disk):
+            self._heed_audit(disk, connection, second)
         if disk.lie:
             self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
             return
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
         if disk.trims:
+            if disk.waiting is not None:
+                disk.waiting.note_audited()
             self.unchanged.give(0, disk)  # not before the audit: it reads what is clean
         self._plan_segments(disk, lane, dirty, allocation(strict=True), read, trimmer)
 
@@ -181,6 +184,15 @@ class _Pull:
             return bytes(buffer)
 
         return read
+
+    def _heed_audit(self, disk: DiskPull, connection: Connection, second: Connection) -> None:
+        lie = self._audit(disk, connection, second)
+        if lie is not None:
+            disk.lie.append(lie)
+            if disk.on_lie is not None:
+                disk.on_lie(lie)
+        if disk.kept is not None:
+            disk.kept.audited = True
 
     def _audit(self, disk: DiskPull, connection: Connection, second: Connection) -> str | None:
         parent = disk.parent
@@ -230,18 +242,19 @@ class _Pull:
                 return []
             kinds = np.full(segment_grains(disk.size, index), Kind.CLEAN, dtype=np.uint8)
             began = time.perf_counter()
+            told = _told(disk, index, len(kinds))
             if dirty is None:
                 kinds[:] = Kind.DATA
-                zero_where_known(kinds, allocation, base, base, end, disk.overwritten)
+                zero_where_known(kinds, allocation, base, base, end, disk.overwritten, told)
                 changed = end - base
             else:
-                changed = plan_changed(kinds, dirty, allocation, base, end, disk.overwritten)
+                changed = plan_changed(kinds, dirty, allocation, base, end, disk.overwritten, told)
             times.status_s += time.perf_counter() - began
             work = SegmentWork(disk, index, kinds, [], 0)
             if disk.healer is not None and disk.healer.concerns(index, changed=changed > 0):
                 work.before = disk.healer.plan(index, kinds, read)
             if trimmer is not None:
-                trimmer.trim_kind(kinds, Kind.ZERO, base, end)
+                _trim_zeroes(disk, trimmer, kinds, base, end)
             batches = left_to_read(work)
             # The last grain may be short.
             to_read = sum(
@@ -277,6 +290,62 @@ class _Pull:
                     healer=disk.healer,
                 )
                 self.times.add(ThreadTimes(requests=connection.requests))
+
+    def pull(self, puller: Puller) -> None:
+        """A puller thread."""
+        try:
+            puller.run()
+        finally:
+            with self.lock:
+                self._pulling -= 1
+                if not self._pulling:
+                    self._pulled.set()
+
+    def let_go(self) -> None:
+        """A thread: lets go what was read, once whoever would go on with this run finds it again."""
+        refused: set[str] = set()
+        # A puller that a store lets hang is left behind, and never ends.
+        while not self.cancel.is_set() and not self._pulled.wait(_LOOK_S):
+            for disk in self._disks:
+                ranges = () if disk.waiting is None else disk.waiting.take()
+                if not ranges or disk.name in refused:
+                    continue
+                with Connection.open(disk.uri, cancel=self.cancel) as connection:
+                    trimmer = Trimmer(connection)
+                    for start, end in ranges:
+                        trimmer.trim(start, end)
+                    trimmer.settle()
+                    if not connection.can_trim:
+                        refused.add(disk.name)
+                    self.times.add(ThreadTimes(requests=connection.requests))
+
+
+def _is_audited(disk: DiskPull) -> bool:
+    """Whether the audit is through: by this pull, or by a run that died and may have trimmed what is clean."""
+    if disk.kept is not None:
+        return disk.kept.audited
+    return disk.trims and disk.journal is not None and disk.journal.audited
+
+
+def _told(disk: DiskPull, index: int, grains: int) -> NDArray[np.bool_] | None:
+    """What of a segment a run that died may have trimmed: all that it noted; None for nothing."""
+    entries = disk.journal.segment(index) if disk.trims and disk.journal is not None else ()
+    if not entries:
+        return None
+    told = np.zeros(grains, dtype=np.bool_)
+    for start, length, _ in entries:
+        first = (start - index * SEGMENT) // GRAIN
+        told[first : first - (-length // GRAIN)] = True
+    return told
+
+
+def _trim_zeroes(disk: DiskPull, trimmer: Trimmer, kinds: Kinds, base: int, end: int) -> None:
+    """Let go what reads as zeroes of a segment, [base, end) in bytes, once it is noted that it does."""
+    zeroes = list(long_runs(kinds, Kind.ZERO, base, end))
+    if zeroes and disk.waiting is not None:
+        disk.waiting.note_zeroes(zeroes)
+    for start, until in zeroes:
+        trimmer.trim(start, until)
 
 
 def _foresight(disk: DiskPull) -> Foresight | None:
@@ -333,11 +402,13 @@ async def pull(
         planners = [partial(state.plan, lane) for lane in range(state.lanes)]
         try:
             trimming = [state.trim] if any(disk.trims for disk in disks) else []
+            if any(disk.waiting is not None for disk in disks):
+                trimming.append(state.let_go)
             threads = [Puller(state.state) for _ in range(pullers)]
             run_all(
                 [*planners, *trimming],
                 cancel,
-                leavable=[(puller.run, puller.leave) for puller in threads],
+                leavable=[(partial(state.pull, puller), puller.leave) for puller in threads],
                 on_failure=failed,
             )
         finally:

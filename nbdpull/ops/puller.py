@@ -220,7 +220,8 @@ class Puller:
         """Store a frame; whoever stores the last one of a segment writes its map."""
         work = frame.work
         self._store(work, frame.first, frame.raw)
-        if work.disk.trims:
+        waiting = work.disk.waiting
+        if work.disk.trims and (waiting is None or waiting.ended):
             start = work.index * SEGMENT + frame.first * GRAIN
             frame.reader.trimmer.trim(start, start + len(frame.raw))
         self._state.meter.add(work.disk, len(frame.raw), read=len(frame.raw))
@@ -244,7 +245,7 @@ class Puller:
             if work.disk.session.refer(known, raw[start:end]):
                 self._store_new(work, first + at // GRAIN, raw[at:start])
                 self._add(work, known.start, known.found)
-                _note(work, known.start, known.length, known.digest)
+                _note(work, known.start, known.length, known.digest, None)
                 at = end
         self._store_new(work, first + at // GRAIN, raw[at:])
 
@@ -254,15 +255,15 @@ class Puller:
         while begin < end and _is_zero(raw[begin : begin + GRAIN]):
             begin += GRAIN
         begin = min(begin, end)
-        _note(work, first, begin, ZEROES)
+        _note(work, first, begin, ZEROES, None)
         if begin == end:
             return
         while _is_zero(raw[(end - 1) // GRAIN * GRAIN : end]):
             end = (end - 1) // GRAIN * GRAIN
         found, digest = work.disk.session.put_named(raw[begin:end])
         self._add(work, first + begin // GRAIN, found)
-        _note(work, first + begin // GRAIN, end - begin, digest)
-        _note(work, first + end // GRAIN, len(raw) - end, ZEROES)
+        _note(work, first + begin // GRAIN, end - begin, digest, found)
+        _note(work, first + end // GRAIN, len(raw) - end, ZEROES, None)
 
     def _add(self, work: SegmentWork, start: int, found: Found) -> None:
         interval = Interval(
@@ -281,14 +282,17 @@ class Puller:
             work.disk.kept.note(work.index, start, found.grains, interval)
 
 
-def _note(work: SegmentWork, first: int, length: int, digest: bytes) -> None:
-    """Note for whoever reads this point in time again that a range is read."""
+def _note(work: SegmentWork, first: int, length: int, digest: bytes, found: Found | None) -> None:
+    """Note for whoever reads this point in time again that a range is read; see `Waiting.add` for `found`."""
     if not length:
         return
     if work.disk.journal is not None:
         work.disk.journal.note(work.index * SEGMENT + first * GRAIN, length, digest)
     if work.disk.kept is not None and digest == ZEROES:
         work.disk.kept.note(work.index, first, -(-length // GRAIN), None)
+    if work.disk.waiting is not None:
+        start = work.index * SEGMENT + first * GRAIN
+        work.disk.waiting.add(start, start + length, found)
 
 
 def _start(known: KnownFrame) -> int:

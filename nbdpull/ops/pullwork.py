@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from nbdpull.model.grain import GRAIN, Kinds, frame_runs
+import numpy as np
+
+from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, frame_runs
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.ops.extents import Overwritten
 from nbdpull.ops.heal import Healer
 from nbdpull.ops.kept import Kept
 from nbdpull.ops.resuming import take_stored
+from nbdpull.ops.waiting import Waiting
 from nbdpull.repo.repository import DiskReader, KnownFrame, Session
 from nbdpull.source.journal import DiskJournal
 
@@ -42,13 +45,15 @@ class DiskPull:
         overwritten: tells after a block status which of its ranges the source may have overwritten meanwhile;
             None where nobody writes.
         trims: what is not read any more is given back, see `nbdpull.ops.trimming`.
+        waiting: what of it is not given back yet; None where that is done at once. Only with a `journal`.
         near: `overwritten` may be asked for the whole disk, often.
         connections: that each puller may read through at a time.
         parent: where unchanged grains are looked up; set when `context` is.
         session: where frames and maps go.
         audit: how many clean frames, and clean zeroes, are looked at although the bitmap calls them clean, besides
             the last ones; None where what is clean can't be read.
-        lie: set when the audit found that it is wrong: then the disk was read in full.
+        lie: set when the audit found that it is wrong, now or in a run that died: then the disk is read in full.
+        on_lie: is told of one that was found now.
         healer: what of this disk the repository lost; None when nothing is known to be.
         journal: what a run that died had read of this point in time, and where to note what is read.
         kept: set where a lost connection may be made again: its export is of this point in time, and no other.
@@ -62,12 +67,14 @@ class DiskPull:
     session: Session
     audit: int | None = None
     lie: list[str] = field(default_factory=list)
+    on_lie: Callable[[str], None] | None = None
     healer: Healer | None = None
     journal: DiskJournal | None = None
     kept: Kept | None = None
     granularity: int = GRAIN
     overwritten: Overwritten | None = None
     trims: bool = False
+    waiting: Waiting | None = None
     near: bool = False
     connections: int = 1
     counts: PullCounts = field(default_factory=PullCounts)
@@ -122,7 +129,13 @@ def left_to_read(work: SegmentWork) -> list[Batch]:
     if disk.kept is not None:
         left = disk.kept.take(work.index, left, work.intervals)
     if disk.journal is not None:
+        asked = left
         left = take_stored(disk.journal, disk.session, work.index, left, work.intervals)
+        if disk.waiting is not None and left is not asked:
+            taken = np.where(asked != left, np.uint8(Kind.DATA), np.uint8(Kind.CLEAN))
+            for first, grains in frame_runs(taken):
+                start = work.index * SEGMENT + first * GRAIN
+                disk.waiting.add(start, min(start + grains * GRAIN, disk.size), None)
     found = batches(work, left)
     if found:
         work.known = disk.session.known(work.index, left)

@@ -11,20 +11,21 @@ Whenever any of that is not so, what the dead one left is swept and a new point 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds
 from nbdpull.model.results import Level
 from nbdpull.model.segment import Interval
 from nbdpull.ops.lineage import Chain
-from nbdpull.repo.repository import Session
+from nbdpull.ops.machinestate import TPM
+from nbdpull.repo.repository import KnownFrame, Session
 from nbdpull.source.base import CannotGoOnError, Resumable, Source
 from nbdpull.source.journal import ZEROES, DiskJournal
 from nbdpull.source.unfinished import Unfinished, UnfinishedDisk
 from nbdpull.units import format_duration
 
-__all__ = ["RESUME_WITHIN_S", "check_same", "find_unfinished", "take_stored"]
+__all__ = ["RESUME_WITHIN_S", "check_files", "check_same", "find_unfinished", "take_stored"]
 
 RESUME_WITHIN_S: Final = 12 * 3600.0
 """Seconds: a retry goes on, and tomorrow night's backup is of tomorrow night."""
@@ -35,7 +36,6 @@ async def find_unfinished(
     chain: Chain,
     *,
     level: Level | None,
-    keeps_machine: bool,
     within_s: float,
 ) -> Unfinished | None:
     """The dead run of the chain that is to be gone on with; None when none died.
@@ -44,7 +44,6 @@ async def find_unfinished(
         source: what is backed up.
         chain: of the backup.
         level: that is asked for now; None for any.
-        keeps_machine: whether files are kept with it that are to be as old as its disks.
         within_s: how old its point in time may be; 0 for never.
 
     Raises:
@@ -58,17 +57,17 @@ async def find_unfinished(
     age_s = time.time() - record.time
     if not 0 <= age_s < within_s:
         how = f"{format_duration(age_s)} old" if age_s >= 0 else "of a time that is still to come"
-        raise CannotGoOnError(f"its point in time is {how} (see --resume-within)")
+        raise CannotGoOnError(f"its point in time is {how} (see --resume-within)", record)
     if chain.knows(record.backup):
-        raise CannotGoOnError("the repository has a part of it, or all")
+        raise CannotGoOnError("the repository has a part of it, or all", record)
     if chain.backups and chain.backups[0].time >= record.time:
-        raise CannotGoOnError("the chain has a later backup")
+        raise CannotGoOnError("the chain has a later backup", record)
     if level not in {None, record.asked}:
-        raise CannotGoOnError(f"its level is {record.asked or 'auto'}, and {level} is asked for")
+        raise CannotGoOnError(
+            f"its level is {record.asked or 'auto'}, and {level} is asked for", record
+        )
     if level is None and record.asked is Level.COPY:
-        raise CannotGoOnError("it is a copy, which the chain can't go on from")
-    if keeps_machine:
-        raise CannotGoOnError("files that are kept with a backup are to be as old as its disks")
+        raise CannotGoOnError("it is a copy, which the chain can't go on from", record)
     return record
 
 
@@ -88,10 +87,27 @@ def check_same(record: Unfinished, now: Sequence[UnfinishedDisk]) -> None:
             raise CannotGoOnError(f"disk '{disk.name}' would be read otherwise now")
 
 
+def check_files(then: Iterable[str], now: Iterable[str]) -> None:
+    """See that the files which are to be kept are those that were; their content is of then.
+
+    Raises:
+        CannotGoOnError: they are others.
+    """
+    if _asked(then) != _asked(now):
+        raise CannotGoOnError(
+            "other files are to be kept with it (--machine, --definition, --tpm-state)"
+        )
+
+
+def _asked(names: Iterable[str]) -> frozenset[str]:
+    # Which files a TPM's state has is the TPM's business.
+    return frozenset(TPM if name.startswith(TPM) else name for name in names)
+
+
 def take_stored(
     journal: DiskJournal, session: Session, index: int, kinds: Kinds, intervals: list[Interval]
 ) -> Kinds:
-    """Refer to what of segment `index` was read before and is durable.
+    """Refer to what of segment `index` was read before and is durable, or is what an earlier backup has there.
 
     Args:
         journal: of the disk.
@@ -103,15 +119,24 @@ def take_stored(
     Returns:
         What is left to read, as DATA.
     """
+    entries = journal.segment(index)
+    if not entries:
+        return kinds
     left = kinds.copy()
-    for start, length, digest in journal.segment(index):
+    at_place: dict[int, KnownFrame] | None = None
+    for start, length, digest in entries:
         first, grains = (start - index * SEGMENT) // GRAIN, -(-length // GRAIN)
         if not (left[first : first + grains] == Kind.DATA).all():
             continue
         if digest != ZEROES:
             found = session.find_adopted(digest, length)
             if found is None:
-                continue
+                if at_place is None:
+                    at_place = {known.start: known for known in session.known(index, kinds)}
+                known = at_place.get(first)
+                if known is None or not session.refer_unread(known, digest, length):
+                    continue
+                found = known.found
             intervals.append(
                 Interval(
                     start=first,

@@ -1,6 +1,7 @@
 """Giving back what of a point in time nobody will read any more.
 
-    kept in the repository      what a puller has read and put: at once, while its pack may still be open
+    kept in the repository      what a puller has read and put: once its pack is durable (see `ops.waiting`); where
+                                nobody could go on with the run, at once, while its pack may still be open
     zero by block status        when its segment is planned
     clean, in an incremental    before it is read about: all that the dirty bitmap calls unchanged
 
@@ -24,7 +25,7 @@ from nbdpull.ops.extents import mark_changed
 from nbdpull.ops.heal import Healer
 from nbdpull.repo.repository import DiskReader
 
-__all__ = ["Trimmer", "trim_unchanged"]
+__all__ = ["Trimmer", "long_runs", "trim_unchanged"]
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class Trimmer:
 
     def trim_kind(self, kinds: Kinds, kind: Kind, base: int, end: int) -> None:
         """Give back the longer runs of one kind in a segment, which is [base, end) in bytes."""
-        for first, last in _runs(kinds == kind):
-            self.trim(base + first * GRAIN, min(base + last * GRAIN, end))
+        for start, until in long_runs(kinds, kind, base, end):
+            self.trim(start, until)
 
     def settle(self) -> None:
         """Wait until all that was given back is.
@@ -81,11 +82,13 @@ class Trimmer:
         log.warning("no more of the scratch is given back: %s", exc)
 
 
-def _runs(wanted: np.ndarray) -> Iterator[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
+def long_runs(kinds: Kinds, kind: Kind, base: int, end: int) -> Iterator[tuple[int, int]]:
+    """The longer runs of one kind in a segment, which is [base, end); as (start, end) in bytes."""
+    edges = np.flatnonzero(np.diff((kinds == kind).astype(np.int8), prepend=0, append=0))
     starts, ends = edges[::2], edges[1::2]
-    long = ends - starts >= min(_LEAST_GRAINS, len(wanted))
-    yield from zip(starts[long].tolist(), ends[long].tolist(), strict=True)
+    long = ends - starts >= min(_LEAST_GRAINS, len(kinds))
+    for first, last in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+        yield base + first * GRAIN, min(base + last * GRAIN, end)
 
 
 def trim_unchanged(

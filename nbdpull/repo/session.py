@@ -237,6 +237,18 @@ class Session:
         )
         return Found(self.index, pack.seq, offset, len(payload), -(-len(raw) // GRAIN)), digest
 
+    def refer_unread(self, known: KnownFrame, digest: bytes, length: int) -> bool:
+        """Whether `known` holds what is named so; the caller then refers to it."""
+        if (known.digest, known.length) != (digest, length) or digest in self.lost:
+            return False
+        self._count_reused(length)
+        return True
+
+    def is_durable(self, seq: int) -> bool:
+        """Whether that pack of its own is in the store."""
+        with self._lock:
+            return seq in self._sizes
+
     def find_adopted(self, digest: bytes, length: int) -> Found | None:
         """A frame of disk data that a dead session of the disk had stored, to be referred to."""
         found = None if digest in self.lost else self._reuse.find_adopted(digest, length)

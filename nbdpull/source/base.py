@@ -259,10 +259,17 @@ class PointInTime(Protocol):
 class RecordedPointInTime(PointInTime, Protocol):
     """A point in time that another process can go on at, should this one die."""
 
-    async def keep_record(self, record: Unfinished) -> Journal | None:
+    async def keep_record(self, record: Unfinished, machine: bytes | None) -> Journal | None:
         """Leave on record what another process needs; returns where to note what is read, None for nowhere.
 
-        What is the source's own business is filled in.
+        What is the source's own business is filled in. `machine` is an archive of files that are as old as the disks.
+        """
+
+    def note_lie(self, disk: str, lie: str) -> None:
+        """Put on record what the audit found of a disk's bitmap; blocks, in any thread.
+
+        Raises:
+            SourceError: that can't be, and somebody could go on without knowing.
         """
 
     async def journal(self, backup: str) -> Journal | None:
@@ -323,6 +330,13 @@ class Resumable(Source, Protocol):
             CannotGoOnError: there is one, and its point in time is lost.
         """
 
+    async def kept_files(self, record: Unfinished) -> bytes | None:
+        """The archive of files that the run was to keep with its backup; None for none.
+
+        Raises:
+            CannotGoOnError: it is lost.
+        """
+
     async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
         """As `sweep`, and leave that run alone."""
 
@@ -344,7 +358,15 @@ class HostLostError(PointInTimeLostError):
 
 
 class CannotGoOnError(SourceError):
-    """A run that died can't be gone on with; the message is why, after 'because'."""
+    """A run that died can't be gone on with; the message is why, after 'because'.
+
+    Attributes:
+        record: what it left, where that can be believed all the same.
+    """
+
+    def __init__(self, message: str, record: Unfinished | None = None) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 def select_disks(

@@ -195,17 +195,37 @@ class RunDirElsewhere:
         """
         self._try(f"{'mkdir' if paused else 'rmdir'} -- {quoted(self.path / 'paused')}")
 
-    def keep_record(self, record: Unfinished) -> bool:
-        """Leave on record what another process needs to go on; False, and never an error, where it can't be."""
-        raw = record.encode()
+    def keep_record(self, record: Unfinished, machine: bytes | None) -> bool:
+        """Leave on record what another process needs to go on; False, and never an error, where it can't be.
+
+        Not with files that are kept, for which no file is open there, nor where what is read is trimmed: nobody waits
+        until the journal there is written.
+        """
         if not self._held or self._taken_over:
             return self._taken_over
+        if machine is not None or record.trims:
+            return False
         try:
-            put_record(self._link, raw)
+            put_record(self._link, record.encode())
         except MonitorError as exc:
             log.debug("nobody could go on with this run: %s", exc)
             return False
         return True
+
+    def replace_record(self, record: Unfinished) -> None:
+        """Put a new record in the place of the old one, of which nobody may go on any more.
+
+        Raises:
+            SourceError: the old one is still there.
+        """
+        try:
+            if not self._taken_over:
+                put_record(self._link, record.encode(), anew=True)
+                return
+        except ScriptError as exc:
+            log.debug("nobody could go on with this run from here on: %s", exc)
+        # Of a run that is taken over no such file is open; a name may always be removed.
+        self._link.run(f"rm -f -- {quoted(self.path / 'resume')}")
 
     def journal(self, backup: str) -> Journal | None:
         """The run's journal; None where that can't be."""
@@ -261,6 +281,9 @@ class _FoundElsewhere(FoundRun):
 
     def _read_record(self) -> bytes:
         return read_record(self.link, self.path)
+
+    def machine(self, digest: str) -> bytes:  # noqa: ARG002 - as `FoundRun.machine`
+        raise ValueError("the files that it was to keep are on its host, and are not taken over ssh")
 
 
 class Elsewhere:

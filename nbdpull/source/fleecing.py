@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +145,9 @@ class QemuPointInTime:
         self._scratch: list[str] = []
         self._port: int | None = None
         self._found_exports: frozenset[str] = frozenset()
+        self._listens = False
+        self._record: Unfinished | None = None
+        self._record_lock = threading.Lock()
         self._released = False
         self._monitor_lost = False
         self._failed = False
@@ -457,6 +461,7 @@ class QemuPointInTime:
             if "already running" not in exc.description:
                 raise
             return
+        self._listens = True
         await asyncio.to_thread(self._rundir.mark_server)
         self._push_stop()
 
@@ -484,7 +489,7 @@ class QemuPointInTime:
 
     # -- going on with it ---------------------------------------------------------------------------
 
-    async def keep_record(self, record: Unfinished) -> Journal | None:
+    async def keep_record(self, record: Unfinished, machine: bytes | None) -> Journal | None:
         """See `Resumable`."""
         record = replace(
             record,
@@ -492,11 +497,22 @@ class QemuPointInTime:
             trims=self._options.trim_scratch,
             server=server_of(self._options),
             port=self._port,
+            listens=self._listens,
+            machine=None if machine is None else blake3(machine).hexdigest(),
             pause_s=self._pause_s,
             quiesced=self.quiesced,
         )
-        kept = await asyncio.to_thread(self._rundir.keep_record, record)
-        return await self.journal(record.backup) if kept and not record.trims else None
+        if not await asyncio.to_thread(self._rundir.keep_record, record, machine):
+            return None
+        self._record = record
+        return await self.journal(record.backup)
+
+    def note_lie(self, disk: str, lie: str) -> None:
+        """See `RecordedPointInTime.note_lie`."""
+        with self._record_lock:
+            if self._record is not None:
+                self._record = self._record.with_lie(disk, lie)
+                self._rundir.replace_record(self._record)
 
     async def journal(self, backup: str) -> Journal | None:
         """What was noted of the reading, to go on with; None where nothing can be noted."""
@@ -510,6 +526,7 @@ class QemuPointInTime:
         """Take what a run made as this one's own, in the order in which it was made."""
         age_s = max(0.0, time.time() - record.time)
         self._began = asyncio.get_running_loop().time() - age_s
+        self._record = record
         self._pause_s = record.pause_s
         self.quiesced = record.quiesced
         for index in range(len(self._plans)):
@@ -532,6 +549,12 @@ class QemuPointInTime:
                 self._push("removing its TLS files", partial(self._delete_object, creds))
                 uri_of = partial(with_export, _on_loopback(record.port, tls))
             self._push_stop()
+        elif self._options.tls is not None:
+            self._listens = record.listens
+            self._push("removing its TLS files", partial(self._delete_object, self._names.tls))
+            if self._listens:
+                # Its exports are there: the server was never ended since.
+                self._push_stop()
         # A run over ssh has one of each scratch image, too.
         found = await self._monitor.execute("query-block-exports")
         self._found_exports = frozenset(entry["id"] for entry in found)

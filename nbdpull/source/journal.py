@@ -6,6 +6,8 @@
 An entry is a claim about the point in time, nothing more: it counts when a frame of that digest is found among
 those that are durable. So it may be written before its pack is. A block that a kill cut short, and what follows
 it, does not count. A full folder ends the journal, not the backup.
+
+An entry of no bytes says that the disk's audit found nothing. Zeroes may be longer than a frame, within a segment.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -47,6 +50,7 @@ _HEAD: Final = 20
 _BLOCK: Final = 16
 """Entries; so many at most are lost by a kill: 16 MiB, and less than a pack."""
 _BLOCK_MAX: Final = 4096
+_AUDITED: Final = b"audited".ljust(32, b"\0")
 
 JOURNAL_MAX: Final = ENTRIES_MAX * (_ENTRY.itemsize + _HEAD)
 """Bytes: of one with an entry in each block."""
@@ -63,6 +67,9 @@ class JournalFile(Protocol):
 
     def append(self, raw: bytes) -> None:
         """Write behind what is there."""
+
+    def room(self) -> int:
+        """Bytes that are free beside it; 0 where that is not told."""
 
     def close(self) -> None:
         """Let it go."""
@@ -89,6 +96,11 @@ class FileHere:
         if os.write(self._fd, raw) != len(raw):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def room(self) -> int:
+        """See `JournalFile.room`."""
+        state = os.fstatvfs(self._fd)
+        return state.f_bavail * state.f_frsize
+
     def close(self) -> None:
         """See `JournalFile.close`."""
         os.close(self._fd)
@@ -99,16 +111,19 @@ def _check(backup: bytes, number: int, raw: bytes) -> bytes:
 
 
 class Journal:
-    """The journal of one run. `note` may be called by many threads; it never raises."""
+    """The journal of one run. All but `close` may be called by many threads; nothing raises."""
 
-    def __init__(self, file: JournalFile, backup: str) -> None:
+    def __init__(self, file: JournalFile, backup: str, record: Path | None = None) -> None:
         """Read what is there, and go on behind it.
 
         Args:
             file: of it, which becomes this object's.
             backup: the id of the backup that it is of.
+            record: the file without which nobody goes on with the run.
         """
         self._file: JournalFile | None = file
+        self._record = record
+        self._complete = True
         self._backup = bytes.fromhex(backup)
         self._lock = threading.Lock()
         self._open: list[tuple[int, int, int, bytes]] = []
@@ -160,11 +175,40 @@ class Journal:
         """Note that `length` bytes at `start` have that digest, or are zero."""
         with self._lock:
             if self._file is None or self._count >= ENTRIES_MAX:
+                self._complete = False
                 return
             self._open.append((disk, length, start, digest))
             self._count += 1
             if len(self._open) >= _BLOCK:
                 self._write()
+
+    @property
+    def kept(self) -> bool:
+        """Whether somebody may go on with the run by what is noted, as far as is known."""
+        return self._file is not None
+
+    def flush(self) -> bool:
+        """Write what is noted, so that it outlives this process; False where anything of it was not."""
+        with self._lock:
+            self._write()
+            return self._file is not None and self._complete
+
+    def room(self) -> int:
+        """Bytes that are free beside it, where the scratch is; 0 where it has ended."""
+        with self._lock:
+            return 0 if self._file is None else self._file.room()
+
+    def give_up(self, why: str) -> None:
+        """Let nobody go on with the run any more: what is noted is going to be less than what is let go."""
+        with self._lock:
+            record, self._record = self._record, None
+            if record is not None:
+                log.debug("nobody could go on with this run from here on: %s", why)
+                # Were it still there, QEMU would refuse to show what was let go.
+                with suppress(OSError):
+                    record.unlink()
+            self._open.clear()
+            self._end()
 
     def _write(self) -> None:
         if not self._open or self._file is None:
@@ -204,23 +248,51 @@ class DiskJournal:
         """See `Journal.note`."""
         self._journal.note(self._number, start, length, digest)
 
+    def note_audited(self) -> None:
+        """Note that what the disk's bitmap calls clean was looked at, and found so."""
+        self._journal.note(self._number, 0, 0, _AUDITED)
+
+    @property
+    def audited(self) -> bool:
+        """Whether that was noted before."""
+        found = self._journal.within(self._number, 0, GRAIN)
+        return any((length, digest) == (0, _AUDITED) for _, length, digest in found)
+
+    @property
+    def kept(self) -> bool:
+        """See `Journal.kept`."""
+        return self._journal.kept
+
+    def flush(self) -> bool:
+        """See `Journal.flush`."""
+        return self._journal.flush()
+
+    def room(self) -> int:
+        """See `Journal.room`."""
+        return self._journal.room()
+
+    def give_up(self, why: str) -> None:
+        """See `Journal.give_up`."""
+        self._journal.give_up(why)
+
     def segment(self, index: int) -> Sequence[tuple[int, int, bytes]]:
         """(place, bytes, digest) of what was read before of segment `index`, sorted by place.
 
-        Each is of whole grains, but for the disk's end, and lies within a frame's place.
+        Each is of whole grains, but for the disk's end, and lies within a frame's place; zeroes within the segment.
         """
         begin = index * SEGMENT
         found = self._journal.within(self._number, begin, min(begin + SEGMENT, self._size))
         return [one for one in found if self._sound(*one)]
 
-    def _sound(self, start: int, length: int, _digest: bytes) -> bool:
+    def _sound(self, start: int, length: int, digest: bytes) -> bool:
         end = start + length
+        place = SEGMENT if digest == ZEROES else FRAME_MAX
         return (
             length > 0
             and start % GRAIN == 0
             and end <= self._size
             and (end % GRAIN == 0 or end == self._size)
-            and start // FRAME_MAX == (end - 1) // FRAME_MAX
+            and start // place == (end - 1) // place
         )
 
     @property

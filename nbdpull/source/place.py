@@ -33,7 +33,8 @@ class RunFolder(Protocol):
     def let_go(self) -> None: ...  # noqa: D102
     def mark_server(self) -> None: ...  # noqa: D102
     def mark_paused(self, *, paused: bool) -> None: ...  # noqa: D102
-    def keep_record(self, record: Unfinished) -> bool: ...  # noqa: D102
+    def keep_record(self, record: Unfinished, machine: bytes | None) -> bool: ...  # noqa: D102
+    def replace_record(self, record: Unfinished) -> None: ...  # noqa: D102
     def journal(self, backup: str) -> Journal | None: ...  # noqa: D102
     def keep(self) -> None: ...  # noqa: D102
     def remove_scratch(self) -> None: ...  # noqa: D102

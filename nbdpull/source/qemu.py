@@ -113,19 +113,30 @@ class QemuSource:
         if found is None:
             return None
         self._unfinished, record = found
-        if record.trims or self._options.trim_scratch:
-            raise CannotGoOnError("with --trim-scratch what was read is gone from the scratch")
+        if record.trims is not self._options.trim_scratch:
+            raise CannotGoOnError("only one of the two is with --trim-scratch", record)
+        if record.trims and self._place is not HERE:
+            raise CannotGoOnError("what it trimmed is not gone on with over ssh", record)
         if record.guest_first is not self._options.guest_first:
-            raise CannotGoOnError("only one of the two is with --guest-first")
+            raise CannotGoOnError("only one of the two is with --guest-first", record)
         if record.server != server_of(self._options):
-            raise CannotGoOnError("its exports are reached in another way (--nbd-address, --tls)")
-        if self._options.nbd_address is not None and self._options.tls is not None:
             raise CannotGoOnError(
-                "with --nbd-address and --tls nothing tells who started the server"
+                "its exports are reached in another way (--nbd-address, --tls)", record
             )
         if self._options.quiesce and record.quiesced is None:
-            raise CannotGoOnError("its point in time is not quiesced, and --quiesce is asked for")
+            raise CannotGoOnError(
+                "its point in time is not quiesced, and --quiesce is asked for", record
+            )
         return record
+
+    async def kept_files(self, record: Unfinished) -> bytes | None:
+        """See `Resumable.kept_files`."""
+        if self._unfinished is None or record.machine is None:
+            return None
+        try:
+            return await whole(self._unfinished.machine, record.machine)
+        except ValueError as exc:
+            raise CannotGoOnError(str(exc)) from exc
 
     async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
         """See `Resumable.sweep_others`."""

@@ -6,6 +6,7 @@ nbdpull-<run>/
     paused        there only while this run has paused the guest (mode C's few milliseconds)
     disk<n>.raw   scratch, sparse (through libvirt: disk<n>.qcow2)
     held          room that is held back, see `scratch`
+    machine       files that are kept with the backup, as old as its disks (`model.archive`)
     resume        once the view stands: what another process needs to go on at it, see `unfinished`
     journal       what of it is read, see `journal`
     server        there when this run started an NBD server that listens elsewhere
@@ -31,7 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from blake3 import blake3
+
 from nbdpull.errors import InUseError, SourceError, UsageError
+from nbdpull.model.archive import ARCHIVE_MAX
 from nbdpull.source.journal import FileHere, Journal
 from nbdpull.source.unfinished import RECORD_MAX, Unfinished
 
@@ -169,9 +173,15 @@ class RunDir:
             json.dump({"source": source, "chain": chain, "pid": os.getpid()}, file)
         (self.path / "run.new").rename(self.path / "run.json")
 
-    def keep_record(self, record: Unfinished) -> bool:
-        """Leave on record what another process needs to go on; False, and never an error, where it can't be."""
+    def keep_record(self, record: Unfinished, machine: bytes | None) -> bool:
+        """Leave on record what another process needs to go on; False, and never an error, where it can't be.
+
+        `machine` is the archive that the record names by its digest.
+        """
         try:
+            if machine is not None:
+                with os.fdopen(self._make("machine"), "wb") as file:
+                    file.write(machine)
             with os.fdopen(self._make("resume"), "wb") as file:
                 file.write(record.encode())
         except OSError as exc:
@@ -179,13 +189,34 @@ class RunDir:
             return False
         return True
 
+    def replace_record(self, record: Unfinished) -> None:
+        """Put a new record in the place of the old one, of which nobody may go on any more.
+
+        Raises:
+            SourceError: the old one is still there.
+        """
+        try:
+            with suppress(FileNotFoundError):
+                (self.path / "resume.new").unlink()
+            with os.fdopen(self._make("resume.new"), "wb") as file:
+                file.write(record.encode())
+            (self.path / "resume.new").rename(self.path / "resume")
+        except OSError as exc:
+            log.debug("nobody could go on with this run from here on: %s", exc)
+            try:
+                (self.path / "resume").unlink(missing_ok=True)
+            except OSError as worse:
+                raise SourceError(
+                    f"can't write to scratch folder {self.path}: {worse.strerror}"
+                ) from worse
+
     def journal(self, backup: str) -> Journal | None:
         """The run's journal, made where there is none yet; None where that can't be."""
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             fd = os.open(self.path / "journal", flags, 0o600)
             if _is_ours(fd):
-                return Journal(FileHere(fd), backup)
+                return Journal(FileHere(fd), backup, self.path / "resume")
             os.close(fd)
         except OSError as exc:
             log.debug("what is read is not noted: %s", exc)
@@ -330,7 +361,10 @@ class FoundRun:
         """
         raw = self._read_record()
         if not raw:
-            raise ValueError("it left nothing on record: it had not come to reading")
+            raise ValueError(
+                "it left nothing on record: it had not come to reading, or was to keep files or to trim over ssh, or"
+                " let go of what it read early (--trim-scratch) because its scratch had little room"
+            )
         found = Unfinished.decode(raw)
         if self.path.name != f"nbdpull-{found.run}":
             raise ValueError("its record is of another run")
@@ -338,16 +372,41 @@ class FoundRun:
 
     def _read_record(self) -> bytes:
         """The record as it is written; empty where there is none."""
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            with os.fdopen(os.open(self.path / "resume", flags), "rb") as file:
-                if not _is_ours(file.fileno()):
-                    raise ValueError("its record is not a file of ours")
-                return file.read(RECORD_MAX + 1)
+            return self._read("resume", RECORD_MAX)
         except FileNotFoundError:
             return b""
         except OSError as exc:
             raise ValueError(f"its record can't be read: {exc.strerror}") from exc
+
+    def machine(self, digest: str) -> bytes:
+        """The archive of files that it was to keep with its backup.
+
+        Raises:
+            ValueError: it is not there, or is not the one that has this BLAKE3 in hex.
+        """
+        try:
+            raw = self._read("machine", ARCHIVE_MAX)
+        except OSError as exc:
+            raise ValueError(
+                f"the files that it was to keep can't be read: {exc.strerror}"
+            ) from exc
+        if blake3(raw).hexdigest() != digest:
+            raise ValueError("the files that it was to keep are damaged")
+        return raw
+
+    def _read(self, name: str, most: int) -> bytes:
+        """A file of the folder, and a byte more than `most` where it is longer.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError: it is not ours.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self.path / name, flags), "rb") as file:
+            if not _is_ours(file.fileno()):
+                raise ValueError(f"'{name}' in its folder is not a file of ours")
+            return file.read(most + 1)
 
 
 def _is_ours(fd: int) -> bool:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from blake3 import blake3
@@ -26,7 +26,8 @@ __all__ = ["RECORD_MAX", "Unfinished", "UnfinishedDisk"]
 RECORD_MAX: Final = 1 << 20
 """Bytes; some thousand disks."""
 
-_VERSION: Final = 1
+_VERSION: Final = 2
+"""1 did not tell of what was trimmed."""
 _DISKS_MAX: Final = 4096
 _TEXT_MAX: Final = 4096
 _HEAD: Final = 65
@@ -40,6 +41,7 @@ class UnfinishedDisk:
     Attributes:
         base: name of the bitmap that its changes were counted from; None where all of it is read.
         checkpoint: name of the bitmap that records since; None for a copy.
+        lie: what the audit found that `base` calls clean and is not; no part of the plan.
     """
 
     name: str
@@ -47,6 +49,7 @@ class UnfinishedDisk:
     level: Level
     base: str | None
     checkpoint: str | None
+    lie: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,8 @@ class Unfinished:
         guest_first, trims: how it was made; see `QemuOptions`.
         server: a digest of how its exports are reached, see `QemuPointInTime`.
         port: of the NBD server that was started with TLS on loopback.
+        listens: it started the NBD server that is reached by an address of the user's.
+        machine: BLAKE3, in hex, of the archive of files that are kept with it; None for none.
         pause_s: how long the guest was stopped for it.
         quiesced: what the guest's agent froze for it.
     """
@@ -77,6 +82,8 @@ class Unfinished:
     trims: bool = False
     server: str = ""
     port: int | None = None
+    listens: bool = False
+    machine: str | None = None
     pause_s: float = 0.0
     quiesced: Quiesced | None = None
 
@@ -84,6 +91,11 @@ class Unfinished:
     def run(self) -> str:
         """The run, as it is named in QEMU."""
         return self.backup[:8]
+
+    def with_lie(self, disk: str, lie: str) -> Unfinished:
+        """The same, with what the audit found of a disk."""
+        disks = (replace(one, lie=lie) if one.name == disk else one for one in self.disks)
+        return replace(self, disks=tuple(disks))
 
     def encode(self) -> bytes:
         """What is written."""
@@ -116,6 +128,8 @@ class Unfinished:
             trims=fields.take("trims", bool),
             server=fields.text("server", r"[0-9a-f]{64}"),
             port=fields.maybe("port", lambda name: fields.count(name, most=65535)),
+            listens=fields.take("listens", bool),
+            machine=fields.maybe("machine", lambda name: fields.text(name, r"[0-9a-f]{64}")),
             pause_s=fields.number("pause_s"),
             quiesced=fields.maybe("quiesced", lambda name: _quiesced(_Fields(fields.raw[name]))),
         )
@@ -188,6 +202,7 @@ def _disk(fields: _Fields) -> UnfinishedDisk:
         level=Level(fields.text("level")),
         base=fields.maybe("base", fields.text),
         checkpoint=fields.maybe("checkpoint", fields.text),
+        lie=fields.maybe("lie", fields.text),
     )
     fields.end()
     return made

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nbdpull.source.journal
 from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT
 from nbdpull.source.journal import ZEROES, FileHere, Journal
 
@@ -101,8 +102,10 @@ def test_blocks_of_another_backup_or_in_another_order_do_not_count(tmp_path: Pat
         (512, GRAIN, ZEROES),
         (0, 0, ZEROES),
         (0, GRAIN - 1, ZEROES),
-        (FRAME_MAX - GRAIN, 2 * GRAIN, ZEROES),
-        (0, 2 * FRAME_MAX, ZEROES),
+        (0, 2 * FRAME_MAX, b"1" * 32),
+        (FRAME_MAX - GRAIN, 2 * GRAIN, b"1" * 32),
+        (0, SEGMENT + GRAIN, ZEROES),
+        (SEGMENT - GRAIN, 2 * GRAIN, ZEROES),
         (SIZE - 512, GRAIN, ZEROES),
         (SIZE - 512 + 2 * GRAIN, GRAIN, ZEROES),
         ((1 << 64) - GRAIN, GRAIN, ZEROES),
@@ -111,6 +114,42 @@ def test_blocks_of_another_backup_or_in_another_order_do_not_count(tmp_path: Pat
 def test_places_that_no_frame_can_have_do_not_count(tmp_path: Path, entry: Entry) -> None:
     write(tmp_path / "j", [entry, (0, GRAIN, ZEROES)])
     assert read(tmp_path / "j") == [(0, GRAIN, ZEROES)]
+
+
+def test_zeroes_may_be_longer_than_a_frame(tmp_path: Path) -> None:
+    made = [(0, SEGMENT, ZEROES), (SEGMENT + GRAIN, SEGMENT - GRAIN, ZEROES)]
+    write(tmp_path / "j", made)
+    assert read(tmp_path / "j") == made
+
+
+def test_that_a_disk_was_audited_comes_back_and_is_no_place(tmp_path: Path) -> None:
+    write(tmp_path / "j", [(0, GRAIN, b"1" * 32)])
+    journal = opened(tmp_path / "j")
+    assert not journal.disk(1, SIZE).audited
+    journal.disk(1, SIZE).note_audited()
+    assert journal.flush()
+    # Of a process that is killed now.
+    again = opened(tmp_path / "j")
+    assert again.disk(1, SIZE).audited
+    assert not again.disk(0, SIZE).audited
+    again.close()
+    assert read(tmp_path / "j") == [(0, GRAIN, b"1" * 32)]
+    journal.give_up("a test")
+
+
+def test_what_is_flushed_outlives_the_process_and_what_could_not_be_noted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbdpull.source.journal, "ENTRIES_MAX", 3)
+    journal = opened(tmp_path / "j")
+    made = entries(4)
+    for entry in made[:3]:
+        journal.note(1, *entry)
+    assert journal.flush()
+    assert read(tmp_path / "j") == sorted(made[:3])
+    journal.note(1, *made[3])
+    assert not journal.flush()
+    journal.close()
 
 
 @given(raw=st.binary(max_size=3000))
@@ -127,4 +166,5 @@ def test_a_full_folder_ends_it_silently(tmp_path: Path) -> None:
     part = journal.disk(0, SIZE)
     for entry in entries(100):
         part.note(*entry)
+    assert not journal.flush()
     journal.close()

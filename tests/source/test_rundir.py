@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from nbdpull.errors import InUseError, SourceError, UsageError
 from nbdpull.source.rundir import RunDir, find_run, find_runs
@@ -273,7 +274,7 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
 def dead(tmp_path: Path) -> Path:
     """The folder of a run that left its point in time on record, and died."""
     made = create(tmp_path, RECORD.run)
-    assert made.keep_record(RECORD)
+    assert made.keep_record(RECORD, None)
     made.hold_back(1 << 16)
     journal = made.journal(RECORD.backup)
     assert journal is not None
@@ -361,14 +362,63 @@ def test_a_journal_that_somebody_else_may_have_written_is_not_read(dead: Path) -
 
 def test_a_record_of_another_run_is_not_believed(tmp_path: Path) -> None:
     made = create(tmp_path)
-    assert made.keep_record(replace(RECORD, backup="f" * 16))
+    assert made.keep_record(replace(RECORD, backup="f" * 16), None)
     made.leave()
     with pytest.raises(ValueError, match="of another run"):
         record_of(made.path)
 
 
+def test_files_that_are_to_be_kept_are_believed_with_their_digest_only(tmp_path: Path) -> None:
+    made = create(tmp_path, RECORD.run)
+    digest = blake3(b"files").hexdigest()
+    assert made.keep_record(replace(RECORD, machine=digest), b"files")
+    made.leave()
+    found = find_run(made.path)
+    assert found is not None
+    assert found.machine(digest) == b"files"
+    file = made.path / "machine"
+    assert file.stat().st_mode & 0o777 == 0o600
+    for raw in (b"filed", b"files ", b""):
+        file.write_bytes(raw)
+        with pytest.raises(ValueError, match="damaged"):
+            found.machine(digest)
+    file.unlink()
+    with pytest.raises(ValueError, match="can't be read"):
+        found.machine(digest)
+
+
+def test_a_record_is_replaced_or_is_there_no_more(dead: Path) -> None:
+    taken = RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+    told = RECORD.with_lie("vda", "bytes 0 to 5 changed")
+    taken.replace_record(told)
+    assert record_of(dead).disks[0].lie == "bytes 0 to 5 changed"
+    assert record_of(dead).disks[1].lie is None
+    (dead / "resume.new").mkdir()  # as QEMU's user could
+    taken.replace_record(RECORD)
+    with pytest.raises(ValueError, match="nothing on record"):
+        record_of(dead)
+    taken.close()
+
+
+def test_nobody_goes_on_with_a_run_whose_journal_is_given_up(dead: Path) -> None:
+    taken = RunDir.take_over(dead, source="qmp:/y", chain="c" * 12)
+    journal = taken.journal(RECORD.backup)
+    assert journal is not None
+    assert journal.kept
+    assert journal.flush()
+    assert journal.room() > 0
+    journal.give_up("a test")
+    journal.give_up("again")
+    assert not journal.kept
+    assert not journal.flush()
+    assert journal.room() == 0
+    with pytest.raises(ValueError, match="nothing on record"):
+        record_of(dead)
+    taken.close()
+
+
 def test_a_record_is_written_once(tmp_path: Path) -> None:
     made = create(tmp_path, RECORD.run)
-    assert made.keep_record(RECORD)
-    assert not made.keep_record(RECORD)
+    assert made.keep_record(RECORD, None)
+    assert not made.keep_record(RECORD, None)
     made.close()

@@ -21,13 +21,20 @@ RECORD = Unfinished(
     asked=None,
     disks=(
         UnfinishedDisk(
-            name="vda", size=1 << 40, level=Level.INCREMENTAL, base="nbdpull-x", checkpoint="y"
+            name="vda",
+            size=1 << 40,
+            level=Level.INCREMENTAL,
+            base="nbdpull-x",
+            checkpoint="y",
+            lie="bytes 0 to 512 changed",
         ),
         UnfinishedDisk(name="größe", size=512, level=Level.FULL, base=None, checkpoint=None),
     ),
     guest_first=True,
     server="0" * 64,
     port=10809,
+    listens=True,
+    machine="a" * 64,
     pause_s=0.25,
     quiesced=Quiesced(filesystems=2, mountpoints=("/", "/srv"), frozen_s=0.5),
 )
@@ -47,13 +54,19 @@ def fields(**changes: Any) -> dict[str, Any]:
 def test_it_comes_back_as_it_was_written() -> None:
     assert Unfinished.decode(RECORD.encode()) == RECORD
     assert Unfinished.decode(sealed(fields())) == RECORD
+    # No part of the plan, and so not compared.
+    assert [one.lie for one in Unfinished.decode(RECORD.encode()).disks] == [
+        "bytes 0 to 512 changed",
+        None,
+    ]
     assert RECORD.run == "01234567"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
         {"version": True},
         {"backup": "0123456789ABCDEF"},
         {"backup": "../../../../etc/"},
@@ -75,6 +88,9 @@ def test_it_comes_back_as_it_was_written() -> None:
         {"server": "x"},
         {"port": 65536},
         {"port": 0},
+        {"listens": 1},
+        {"machine": "x"},
+        {"machine": 5},
         {"pause_s": None},
         {"quiesced": {}},
         {"quiesced": {"filesystems": -1, "mountpoints": [], "frozen_s": 0.0}},
@@ -89,7 +105,15 @@ def test_what_can_not_be_is_refused(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"name": ""}, {"name": "x" * 5000}, {"size": 0}, {"size": 1.0}, {"level": "none"}, {"x": 1}],
+    [
+        {"name": ""},
+        {"name": "x" * 5000},
+        {"size": 0},
+        {"size": 1.0},
+        {"level": "none"},
+        {"lie": 5},
+        {"x": 1},
+    ],
 )
 def test_a_disk_that_can_not_be_is_refused(changes: dict[str, Any]) -> None:
     disk = fields()["disks"][0] | changes
