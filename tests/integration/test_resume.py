@@ -179,7 +179,7 @@ def swept(
         ({"exclude": ["vdb"]}, "other disks"),
         ({"guest_first": True}, "--guest-first"),
         ({"trim_scratch": True}, "--trim-scratch"),
-        ({"machine": True}, "as old as its disks"),
+        ({"machine": True}, "--machine"),
     ],
 )
 def test_a_point_in_time_that_is_not_what_is_asked_for_is_swept_and_the_reason_told(
@@ -293,13 +293,13 @@ def test_a_storage_daemon_holds_a_point_in_time_too(
         check(keeper, result, truth, qemu_tools)
 
 
-def die_at(vm: Vm, keeper: Keeper, *patch: str) -> None:
+def die_at(vm: Vm, keeper: Keeper, *patch: str, options: tuple[str, ...] = ()) -> None:
     """Run a client that is killed where the lines of `patch` say."""
     program = "\n".join(
         (
             "import os, signal, sys, nbdpull",
             *patch,
-            "nbdpull.backup(sys.argv[1], sys.argv[2], scratch=sys.argv[3])",
+            f"nbdpull.backup(sys.argv[1], sys.argv[2], {', '.join(('scratch=sys.argv[3]', *options))})",
         )
     )
     done = subprocess.run(
