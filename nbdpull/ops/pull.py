@@ -161,13 +161,15 @@ class _Pull:
 
         read = self._source(disk, connection)
         trimmer = Trimmer(connection) if disk.trims else None
+        # Further on there may be what a run that died has trimmed.
+        strict = disk.trims and disk.journal is not None and disk.journal.began_before
         if disk.context is None:
-            self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
+            self._plan_segments(disk, lane, None, allocation(strict=strict), read, trimmer)
             return
         if not disk.lie and not _is_audited(disk):
             self._heed_audit(disk, connection, second)
         if disk.lie:
-            self._plan_segments(disk, lane, None, allocation(strict=False), read, trimmer)
+            self._plan_segments(disk, lane, None, allocation(strict=strict), read, trimmer)
             return
         dirty = dirty_reader(second, disk.context, granularity=disk.granularity)
         if disk.trims:

@@ -263,6 +263,12 @@ class DiskJournal:
         """See `Journal.kept`."""
         return self._journal.kept
 
+    @property
+    def began_before(self) -> bool:
+        """Whether anything of the disk was noted by a run that died."""
+        found = self._journal.within(self._number, 0, self._size)
+        return next(found, None) is not None
+
     def flush(self) -> bool:
         """See `Journal.flush`."""
         return self._journal.flush()

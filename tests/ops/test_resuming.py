@@ -13,7 +13,7 @@ import pytest
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.results import Level
 from nbdpull.ops.pull import DiskPull, pull
-from nbdpull.ops.resuming import check_same
+from nbdpull.ops.resuming import check_files, check_same
 from nbdpull.repo.repository import Repository, Session
 from nbdpull.source.base import CannotGoOnError
 from nbdpull.source.journal import FileHere, Journal
@@ -166,6 +166,25 @@ DISKS = RECORD.disks
 def test_another_plan_is_not_gone_on_with(now: tuple[UnfinishedDisk, ...], why: str) -> None:
     with pytest.raises(CannotGoOnError, match=why):
         check_same(RECORD, now)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ([], ["qemu.json"]),
+        (["qemu.json"], []),
+        (["qemu.json", "tpm/state"], ["qemu.json"]),
+        (["qemu.json", "definition/1-a"], ["qemu.json", "definition/1-b"]),
+    ],
+)
+def test_other_files_are_not_gone_on_with(then: list[str], now: list[str]) -> None:
+    with pytest.raises(CannotGoOnError, match="other files"):
+        check_files(then, now)
+
+
+def test_which_files_a_tpm_has_is_no_difference() -> None:
+    check_files(["qemu.json", "tpm/a", "tpm/b"], ["tpm/", "qemu.json"])
+    check_files([], [])
 
 
 def test_the_same_plan_is_gone_on_with_in_whatever_order(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def test_that_a_disk_was_audited_comes_back_and_is_no_place(tmp_path: Path) -> N
     write(tmp_path / "j", [(0, GRAIN, b"1" * 32)])
     journal = opened(tmp_path / "j")
     assert not journal.disk(1, SIZE).audited
+    assert journal.disk(1, SIZE).began_before
+    assert not journal.disk(0, SIZE).began_before
     journal.disk(1, SIZE).note_audited()
     assert journal.flush()
     # Of a process that is killed now.
