@@ -160,8 +160,8 @@ async def backup(
         guest_first: when the scratch space fails, end the backup instead of pausing the guest.
         nbd_address: URI of the NBD server that runs in this QEMU already; None starts one.
         scratch: folder for scratch images; None is the system's temporary folder.
-        trim_scratch: let go of each block once it is read, or known not to be wanted: the scratch needs room
-            only for what the guest overwrites ahead of the reading, and the guest's other writes cost no copy.
+        trim_scratch: let go of each block once it is stored (with little room: read), or known not to be wanted: the
+            scratch needs room only for what the guest overwrites ahead of that, and its other writes cost no copy.
         force: also back up disks that an aborted run could freeze.
         compression_level: of zstd, 1 (fast) to 19.
         rate: most bytes to read from QEMU in a second, all disks together; None for no limit.

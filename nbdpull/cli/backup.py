@@ -79,7 +79,7 @@ def chain_option(function: _F) -> _F:
 @click.option(
     "--trim-scratch",
     is_flag=True,
-    help="Let go of each block once it is read: less room is needed there, and the guest waits less.",
+    help="Let go of each block once it is stored: less room is needed there, and the guest waits less.",
 )
 @click.option(
     "--force", is_flag=True, help="Also disks in an iothread, which QEMU below 9.0 can't detach."

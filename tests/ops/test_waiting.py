@@ -15,7 +15,7 @@ from nbdpull.ops import waiting as waiting_module
 from nbdpull.ops.extents import zero_where_known
 from nbdpull.ops.waiting import Waiting
 from nbdpull.repo.repository import Found, Repository, Session
-from nbdpull.source.journal import ZEROES, Journal
+from nbdpull.source.journal import ZEROES, FileHere, Journal
 
 MIB = 1 << 20
 BACKUP = "0123456789abcdef"
@@ -33,7 +33,7 @@ def session(tmp_path: Path) -> Session:
 def journal(tmp_path: Path) -> Journal:
     (tmp_path / "resume").touch()
     fd = os.open(tmp_path / "j", os.O_RDWR | os.O_CREAT, 0o600)
-    return Journal(fd, BACKUP, tmp_path / "resume")
+    return Journal(FileHere(fd), BACKUP, tmp_path / "resume")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def waiting(session: Session, journal: Journal) -> Waiting:
 
 def seen(tmp_path: Path) -> list[tuple[int, int, bytes]]:
     """What a process that comes now finds noted."""
-    again = Journal(os.open(tmp_path / "j", os.O_RDWR), BACKUP)
+    again = Journal(FileHere(os.open(tmp_path / "j", os.O_RDWR)), BACKUP)
     part = again.disk(0, SIZE)
     found = [one for index in range(SIZE // SEGMENT) for one in part.segment(index)]
     again.close()
@@ -121,7 +121,7 @@ def test_where_nothing_can_be_noted_nobody_goes_on_and_all_is_let_go(
     session: Session, tmp_path: Path
 ) -> None:
     (tmp_path / "resume").touch()
-    journal = Journal(os.open("/dev/full", os.O_RDWR), BACKUP, tmp_path / "resume")
+    journal = Journal(FileHere(os.open("/dev/full", os.O_RDWR)), BACKUP, tmp_path / "resume")
     journal.room = lambda: 1 << 62  # type: ignore[method-assign]
     waiting = Waiting(journal.disk(0, SIZE), session)
     put(session, journal, waiting, 3)
