@@ -283,7 +283,9 @@ class _FoundElsewhere(FoundRun):
         return read_record(self.link, self.path)
 
     def machine(self, digest: str) -> bytes:  # noqa: ARG002 - as `FoundRun.machine`
-        raise ValueError("the files that it was to keep are on its host, and are not taken over ssh")
+        raise ValueError(
+            "the files that it was to keep are on its host, and are not taken over ssh"
+        )
 
 
 class Elsewhere:

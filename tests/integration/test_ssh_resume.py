@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,7 +253,7 @@ def begun(link: SshLink, scratch: Path, run: str = RUN) -> tuple[Path, Journal]:
     made = Elsewhere(link).create(
         str(scratch), run, source="qmp:/q", chain="c", owner=(NOBODY, NOBODY), sizes=[MIB]
     )
-    assert made.keep_record(RECORD)
+    assert made.keep_record(RECORD, None)
     journal = made.journal(RECORD.backup)
     assert journal is not None
     return made.path, journal
@@ -387,7 +388,7 @@ def test_without_a_lock_there_nothing_is_left_on_record(server: SshServer, tmp_p
         made = Elsewhere(link).create(
             str(folder_of(tmp_path)), RUN, source="qmp:/q", chain="c", owner=None, sizes=[MIB]
         )
-        assert not made.keep_record(RECORD)
+        assert not made.keep_record(RECORD, None)
         assert made.journal(RECORD.backup) is None
         found = Elsewhere(link).find(made.path)
         assert found is not None
@@ -396,3 +397,42 @@ def test_without_a_lock_there_nothing_is_left_on_record(server: SshServer, tmp_p
         made.close()
         assert not made.path.exists()
     assert server.sessions() == []
+
+
+@pytest.mark.usefixtures("server")
+def test_what_an_audit_found_is_written_into_the_record_or_the_record_goes(tmp_path: Path) -> None:
+    scratch = folder_of(tmp_path)
+    told = RECORD.with_lie("it's", "bytes 0 to 5 changed")
+    with linked() as link:
+        made = Elsewhere(link).create(
+            str(scratch), RUN, source="qmp:/q", chain="c", owner=(NOBODY, NOBODY), sizes=[MIB]
+        )
+        assert made.keep_record(RECORD, None)
+        made.replace_record(told)
+        made.leave()
+        found = Elsewhere(link).find(made.path)
+        assert found is not None
+        assert [one.lie for one in found.record().disks] == ["bytes 0 to 5 changed"]
+        # Of a run that is taken over, the record is not open.
+        taken = Elsewhere(link).take_over(made.path, source="qmp:/q", chain="c")
+        taken.replace_record(told)
+        with pytest.raises(ValueError, match="nothing on record"):
+            found.record()
+        taken.close()
+
+
+@pytest.mark.usefixtures("server")
+def test_nothing_is_left_on_record_of_what_needs_more_than_the_record_there(tmp_path: Path) -> None:
+    with linked() as link:
+        made = Elsewhere(link).create(
+            str(folder_of(tmp_path)), RUN, source="qmp:/q", chain="c", owner=None, sizes=[MIB]
+        )
+        assert not made.keep_record(RECORD, b"files")
+        assert not made.keep_record(replace(RECORD, trims=True), None)
+        found = Elsewhere(link).find(made.path)
+        assert found is not None
+        with pytest.raises(ValueError, match="nothing on record"):
+            found.record()
+        with pytest.raises(ValueError, match="over ssh"):
+            found.machine("0" * 64)
+        made.close()
