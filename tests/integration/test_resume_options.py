@@ -328,8 +328,11 @@ FOUND = (
 )
 
 
-@pytest.mark.parametrize("trim_scratch", [False, True], ids=["", "trimmed"])
-@pytest.mark.parametrize("swept_for", [None, "resume_within_s", "twice"])
+@pytest.mark.parametrize(
+    ("swept_for", "trim_scratch"),
+    [(None, False), (None, True), ("resume_within_s", False), ("twice", True)],
+    ids=["gone-on-with", "gone-on-with-trimmed", "swept", "swept-twice"],
+)
 def test_a_bitmap_that_a_dead_run_found_lying_is_not_believed_again(
     qemu_tools: QemuTools,
     keeper: Keeper,
