@@ -39,7 +39,7 @@ class FairQueue(Generic[_T]):
         self._changed = threading.Condition()
 
     def give(self, lane: int, item: _T) -> None:
-        """Put an item into a lane, waiting while it is full."""
+        """Put an item into a lane; one that is full is waited for until it is half empty."""
         with self._changed:
             while len(self._lanes[lane]) >= self._depth:
                 self._wait()
@@ -68,8 +68,11 @@ class FairQueue(Generic[_T]):
                     return None
                 self._wait()
             self._at[lane] += 1
-            item = self._lanes[lane].popleft()
-            self._changed.notify_all()
+            items = self._lanes[lane]
+            item = items.popleft()
+            if len(items) == self._depth // 2:
+                # Not sooner: the producer would be woken for each item, and takes the lock from the consumers.
+                self._changed.notify_all()
             return lane, item
 
     def _choose(self, before: int | None) -> int | None:

@@ -53,7 +53,7 @@ __all__ = ["DiskPull", "pull"]
 
 log = logging.getLogger(__name__)
 
-_QUEUE: Final = 16
+_QUEUE: Final = 64
 _LANES: Final = 4
 """Disks that are pulled at a time: more would only need more of the connections that QEMU allows."""
 _LOOK_S: Final = 0.1
@@ -75,7 +75,7 @@ class _Pull:
         self.cancel = cancel
         self.lanes = min(_LANES, len(disks))
         # What waits there is read before anything that the guest is about to overwrite.
-        depth = max(4, pullers // 2) if any(disk.trims for disk in disks) else _QUEUE
+        depth = max(16, 2 * pullers) if any(disk.trims for disk in disks) else _QUEUE
         self.batches: FairQueue[Batch] = FairQueue(self.lanes, depth, cancel)
         self.times = PullTimes(pullers)
         self.state = PullState(cancel, rate, meter, self.batches, self.times)

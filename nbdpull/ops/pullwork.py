@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from nbdpull.model.grain import GRAIN, SEGMENT, Kind, Kinds, frame_runs
+from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT, Kind, Kinds, frame_runs
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.ops.extents import Overwritten
 from nbdpull.ops.heal import Healer
@@ -20,8 +20,9 @@ from nbdpull.source.journal import DiskJournal
 
 __all__ = ["Batch", "DiskPull", "PullCounts", "SegmentWork", "batches", "finish", "left_to_read"]
 
-_BATCH_BYTES: Final = 4 << 20
-_BATCH_FRAMES: Final = 64
+_BATCH_BYTES: Final = FRAME_MAX
+"""Workers put their frames into one pack in turns: the less each takes at a time, the nearer are neighbours on the
+disk in the pack, and the fewer requests does a restore from an object store need."""
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ def batches(work: SegmentWork, left: Kinds) -> list[Batch]:
     for run in frame_runs(left):
         runs.append(run)
         grains += run[1]
-        if grains * GRAIN >= _BATCH_BYTES or len(runs) >= _BATCH_FRAMES:
+        if grains * GRAIN >= _BATCH_BYTES:
             cut.append(Batch(work, runs))
             runs, grains = [], 0
     if runs:

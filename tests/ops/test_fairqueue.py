@@ -57,7 +57,7 @@ def test_a_lane_that_is_used_up_lends_its_takers() -> None:
     assert queue.take() is None
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 3))
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 6))
 def test_every_item_is_taken_once_and_in_its_lanes_order(
     sizes: list[int], takers: int, depth: int
 ) -> None:
