@@ -327,7 +327,7 @@ def test_record_journal_and_lock_there_are_taken_over_by_one(
     last.close()
     taken_here.close()
     assert not path.exists()
-    assert server.sessions() == []
+    server.wait_ended()
 
 
 def a_link(file: Path, victim: Path) -> None:
@@ -396,7 +396,7 @@ def test_without_a_lock_there_nothing_is_left_on_record(server: SshServer, tmp_p
             found.record()
         made.close()
         assert not made.path.exists()
-    assert server.sessions() == []
+    server.wait_ended()
 
 
 @pytest.mark.usefixtures("server")

@@ -110,6 +110,13 @@ class SshServer:
                     todo.append(child)
         return found
 
+    def wait_ended(self, *, timeout_s: float = 20.0) -> None:
+        """Wait until no connection has a side here any more: it ends soon after its client's."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.sessions():
+            assert time.monotonic() < deadline, f"processes {left} of the server have not ended"
+            time.sleep(0.02)
+
     def cut(self) -> None:
         """End all connections, as a network that fails would."""
         self.signal(signal.SIGKILL)
