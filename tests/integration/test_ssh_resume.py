@@ -270,7 +270,7 @@ def note(journal: Journal, made: list[tuple[int, int, bytes]]) -> None:
 
 
 def folder_of(tmp_path: Path) -> Path:
-    scratch = tmp_path / "it's a folder"
+    scratch = tmp_path / "a 'b"  # to be quoted, and short: a socket's path has 107 bytes at most
     scratch.mkdir()
     scratch.chmod(0o755)
     return scratch
