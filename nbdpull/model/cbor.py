@@ -1,7 +1,5 @@
 """The part of CBOR (RFC 8949) that a manifest is made of, and nothing else.
 
-What is encoded has numbers in their shortest form, floats in 64 bits, and maps in the order that they have.
-
 Decoding allocates what the input has, never what it claims: no tags (which make libraries build numbers
 of gigabytes, compile patterns and parse dates), no indefinite lengths, no references, no nesting below
 `_DEPTH`. Kinds: integers, byte strings, texts, arrays, maps with text keys, true, false, null, and floats
@@ -11,75 +9,17 @@ of 64 bits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import Any, Final
 
 from nbdpull.model.frame import FormatError
 
-__all__ = ["decode_map", "encode_map"]
+__all__ = ["decode_map"]
 
 _DEPTH: Final = 4
 _ITEMS: Final = 1 << 20
 """Of arrays and maps altogether; a backup of a thousand disks has some 3,000."""
 _WIDTHS: Final = {24: 1, 25: 2, 26: 4, 27: 8}
 _SIMPLE: Final = {20: False, 21: True, 22: None}
-
-
-def encode_map(fields: Mapping[str, object]) -> bytes:
-    """What `decode_map` makes the same map of again.
-
-    Raises:
-        TypeError: it has a kind of item that no manifest has.
-        OverflowError: an integer does not fit 64 bits and a sign.
-    """
-    out = bytearray()
-    _encode(dict(fields), out)
-    return bytes(out)
-
-
-def _encode(value: object, out: bytearray) -> None:
-    match value:
-        case None | bool() | float():
-            out += _encoded_simple(value)
-        case int():
-            _encode_head(0 if value >= 0 else 1, value if value >= 0 else -1 - value, out)
-        case bytes():
-            _encode_head(2, len(value), out)
-            out += value
-        case str():
-            raw = value.encode()
-            _encode_head(3, len(raw), out)
-            out += raw
-        case list() | tuple():
-            _encode_head(4, len(value), out)
-            for item in value:
-                _encode(item, out)
-        case dict():
-            _encode_head(5, len(value), out)
-            for name, item in value.items():
-                _encode(name, out)
-                _encode(item, out)
-        case _:
-            raise TypeError(f"no manifest has a {type(value).__name__}")
-
-
-def _encoded_simple(value: object) -> bytes:
-    if value is None:
-        return b"\xf6"
-    if isinstance(value, bool):
-        return b"\xf5" if value else b"\xf4"
-    return b"\xfb" + struct.pack(">d", value)
-
-
-def _encode_head(kind: int, number: int, out: bytearray) -> None:
-    if number < 24:
-        out.append(kind << 5 | number)
-        return
-    short = next((short for short, width in _WIDTHS.items() if number >> 8 * width == 0), 0)
-    if not short:
-        raise OverflowError(f"{number} does not fit 64 bits")
-    out.append(kind << 5 | short)
-    out += number.to_bytes(_WIDTHS[short], "big")
 
 
 def decode_map(raw: bytes) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import cbor2
 import numpy as np
 import zstandard
 from blake3 import blake3
 from numpy.typing import NDArray
 
 from nbdpull.model.archive import ARCHIVE_MAX, FILES_MAX, is_name
-from nbdpull.model.cbor import decode_map, encode_map
+from nbdpull.model.cbor import decode_map
 from nbdpull.model.columns import pack_columns, unpack_columns
 from nbdpull.model.frame import ENCRYPTED, FormatError
 from nbdpull.model.grain import segment_count
@@ -202,8 +203,8 @@ class Manifest:
 
     def encode(self, keys: SessionKeys | None = None) -> bytes:
         """The bytes of the register; encrypted with the session's keys where there are any."""
-        summary = encode_map(_summary_map(self.summary))
-        body = encode_map(_sessions_map(self.sessions) | _segments_map(self.segments))
+        summary = cbor2.dumps(_summary_map(self.summary))
+        body = cbor2.dumps(_sessions_map(self.sessions) | _segments_map(self.segments))
         packed = zstandard.ZstdCompressor(level=3).compress(body)
         envelope = b""
         sealed = 0
