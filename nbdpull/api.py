@@ -161,7 +161,7 @@ def calls_left_behind() -> bool:
     Requests to an object store end after minutes, calls to a folder when its file system answers again. They need
     nobody, and don't keep the interpreter from ending.
     """
-    from nbdpull.repo.deadline import abandoned_calls  # noqa: PLC0415 - as below
+    from nbdpull.repo.calls import abandoned_calls  # noqa: PLC0415 - as below
 
     return abandoned_calls()
 

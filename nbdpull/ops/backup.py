@@ -63,7 +63,7 @@ from nbdpull.ops.resuming import RESUME_WITHIN_S, check_files, check_same, find_
 from nbdpull.ops.reusing import Reusing
 from nbdpull.ops.threads import call, store_deadline, wait_for_stores_again
 from nbdpull.ops.waiting import Waiting
-from nbdpull.repo.deadline import abandoned_calls
+from nbdpull.repo.calls import abandoned_calls
 from nbdpull.repo.repository import DiskReader, ParentGoneError, Repository, Session
 from nbdpull.source.address import MonitorAddress, SourceAddress
 from nbdpull.source.base import (

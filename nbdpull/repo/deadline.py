@@ -11,10 +11,8 @@ a killed client's would have done.
     store's thread         +===== call ======== ... (ends some time, nobody looks)
                                        ^ deadline
 
-These threads make one call after the other, and end soon after the last one. A new thread for each call costs
-50 to 100 us of CPU time, handing one over 10 us, and some times that when all cores are busy (Python 3.11, 2
-cores). That would be 7 % of a pull's CPU time, so a puller writes its frames itself: it is `Leavable`, and left
-behind as a whole.
+Handing a call to one of `nbdpull.repo.calls` would be 7 % of a pull's CPU time, so a puller writes its frames itself:
+it is `Leavable`, and left behind as a whole.
 
 One deadline belongs to one verb. It is made by `nbdpull.ops.threads`, and a store takes the one of the verb that
 opens it.
@@ -24,24 +22,21 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from nbdpull.errors import StoreError
 from nbdpull.nbdio.errors import Cancelled
+from nbdpull.repo.calls import Call, CallThreads, Told
 
 __all__ = [
     "Deadline",
     "Leavable",
-    "Told",
-    "abandoned_calls",
     "current",
     "directly_in_time",
     "ended_in_time",
@@ -55,142 +50,11 @@ _log = logging.getLogger(__name__)
 current: ContextVar[Deadline | None] = ContextVar("nbdpull_deadline", default=None)
 """Of the running verb."""
 
-_IDLE_S: Final = 1.0
-"""How long a thread waits for another call before it ends."""
 _SLOW_S: Final = 5.0
 """A call that took less when it was left behind is not worth a word."""
 _TELL: Final = 2
 _ENDING_S: Final = 0.1
 """What letting go of something takes, with much to spare, where nothing hangs."""
-
-_abandoned: set[_Call[Any]] = set()
-
-
-def abandoned_calls() -> bool:
-    """Whether calls of this process are still under way that nobody waits for."""
-    return any(not call.ended for call in list(_abandoned))
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a call is, for people, and how patient to be where the store itself never gives up.
-
-    Attributes:
-        what, where: ``write`` and ``/mnt/nas/repo/d/...``.
-        look_s: how often it is looked at: that it is still under way is told the second time. None where the
-            store itself sees to that.
-        looks: after so many it has failed. Not after a time: this process itself can be stopped for hours.
-    """
-
-    what: str
-    where: object
-    look_s: float | None = None
-    looks: int = 2
-
-    def __str__(self) -> str:
-        """As it stands in a message."""
-        return f"'{self.what} {self.where}'"
-
-
-class _Call(Generic[_T]):
-    """One call, and whoever waits for it."""
-
-    def __init__(
-        self, work: Callable[[], _T], told: Told, woken: queue.SimpleQueue[Any] | None = None
-    ) -> None:
-        self._work = work
-        self.told = told
-        self.began = time.monotonic()
-        self.woken: queue.SimpleQueue[Any] = queue.SimpleQueue() if woken is None else woken
-        self.ended = False
-        self.failure: BaseException | None = None
-        self.results: list[_T] = []
-        self.looks = 0
-
-    def run(self) -> None:
-        try:
-            self.results.append(self._work())
-        except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
-            self.failure = exc
-
-    def end(self) -> None:
-        self.ended = True
-        _abandoned.discard(self)
-        self.woken.put(None)
-
-    def abandon(self) -> None:
-        _abandoned.add(self)
-        if self.ended:  # just now
-            _abandoned.discard(self)
-
-    def result(self) -> _T:
-        if self.failure is not None:
-            try:
-                raise self.failure
-            finally:
-                self.failure = None  # else it and its traceback refer to each other
-        return self.results[0]
-
-
-_Calls = queue.SimpleQueue[_Call[Any] | None]
-
-
-class _Threads:
-    """Threads that make calls: as many as there are calls at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # By niceness: each inherits that of whoever called first, and a pull goes behind the VMs.
-        self._idle: dict[int, list[tuple[_Calls, threading.Thread]]] = {}
-        self._stay = True
-
-    def make(self, call: _Call[Any]) -> None:
-        """Have the call made."""
-        nice = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread
-        with self._lock:
-            idle = self._idle.setdefault(nice, [])
-            calls = idle.pop()[0] if idle else None
-        if calls is None:
-            calls = queue.SimpleQueue()
-            threading.Thread(
-                target=self._run, args=(calls, idle), name="nbdpull-store", daemon=True
-            ).start()
-        calls.put(call)
-
-    def rest(self, *, stay: bool) -> None:
-        """End those that have nothing to do; where they don't `stay`, later ones end after each call."""
-        with self._lock:
-            self._stay = self._stay and stay
-            ended = [one for idle in self._idle.values() for one in idle]
-            for idle in self._idle.values():
-                idle.clear()
-        for calls, _ in ended:
-            calls.put(None)
-        for _, thread in ended:
-            thread.join()
-
-    def _run(self, calls: _Calls, idle: list[tuple[_Calls, threading.Thread]]) -> None:
-        own = calls, threading.current_thread()
-        while True:
-            try:
-                call = calls.get(timeout=_IDLE_S)
-            except queue.Empty:
-                with self._lock:
-                    if own in idle:
-                        idle.remove(own)
-                        return
-                continue  # it was chosen just now
-            if call is None:
-                return
-            call.run()
-            with self._lock:
-                stay = self._stay
-                if stay:
-                    idle.append(own)  # before the next call comes from whoever waits for this one
-            call.end()
-            if not stay:
-                return
-            del call  # and what it holds
 
 
 class Deadline:
@@ -204,8 +68,8 @@ class Deadline:
         self.owner: Callable[[], object] = (lambda: None) if owner is None else weakref.ref(owner)
         self._at = math.inf
         self._lock = threading.Lock()
-        self._threads = _Threads()
-        self._calls: set[_Call[Any]] = set()
+        self._threads = CallThreads()
+        self._calls: set[Call[Any]] = set()
         self._slow_told = False
         self._left_told = False
 
@@ -269,8 +133,8 @@ class Deadline:
                 self._calls.discard(call)
             call.failure = None
 
-    def _begin(self, work: Callable[[], _T], told: Told) -> _Call[_T]:
-        call = _Call(work, told)
+    def _begin(self, work: Callable[[], _T], told: Told) -> Call[_T]:
+        call = Call(work, told)
         with self._lock:
             self._calls.add(call)
         try:
@@ -281,7 +145,7 @@ class Deadline:
             raise
         return call
 
-    def _wait(self, call: _Call[_T], *, least_s: float = 0.0) -> None:
+    def _wait(self, call: Call[_T], *, least_s: float = 0.0) -> None:
         look_s = math.inf if call.told.look_s is None else call.told.look_s
         while not call.ended:
             left_s = max(self._at, call.began + least_s) - time.monotonic()
@@ -294,7 +158,7 @@ class Deadline:
                 if left_s >= look_s and (exc := self.look(call)) is not None:
                     raise exc from None
 
-    def look(self, call: _Call[Any]) -> StoreError | None:
+    def look(self, call: Call[Any]) -> StoreError | None:
         """Note that a call is still under way; why it has failed because of that, if it has."""
         call.looks += 1
         told = call.told
@@ -317,7 +181,7 @@ class Deadline:
             )
         return None
 
-    def leave(self, call: _Call[Any]) -> None:
+    def leave(self, call: Call[Any]) -> None:
         """Leave a call behind, at the deadline."""
         call.abandon()
         with self._lock:
@@ -339,7 +203,7 @@ class Deadline:
         own: Leavable | None = getattr(_here, "own", None)
         if own is None:
             return self.within(work, told)
-        call = _Call(work, told, own.woken)
+        call = Call(work, told, own.woken)
         own.enter(self, call)
         try:
             return work()
@@ -351,12 +215,12 @@ class Deadline:
         """Seconds until it is over."""
         return self._at - time.monotonic()
 
-    def add(self, call: _Call[Any]) -> None:
+    def add(self, call: Call[Any]) -> None:
         """Have a call woken when the deadline is set."""
         with self._lock:
             self._calls.add(call)
 
-    def discard(self, call: _Call[Any]) -> None:
+    def discard(self, call: Call[Any]) -> None:
         """It has ended, or is left behind."""
         with self._lock:
             self._calls.discard(call)
@@ -374,7 +238,7 @@ class Leavable:
     def __init__(self, woken: queue.SimpleQueue[Any]) -> None:
         self.woken = woken
         self._lock = threading.Lock()
-        self._call: tuple[Deadline, _Call[Any]] | None = None
+        self._call: tuple[Deadline, Call[Any]] | None = None
         self._left = False
 
     def __enter__(self) -> None:
@@ -383,7 +247,7 @@ class Leavable:
     def __exit__(self, *_exc: object) -> None:
         _here.own = None
 
-    def enter(self, deadline: Deadline, call: _Call[Any]) -> None:
+    def enter(self, deadline: Deadline, call: Call[Any]) -> None:
         """The thread begins a call.
 
         Raises:
@@ -408,9 +272,8 @@ class Leavable:
         with self._lock:
             if self._call is not None:
                 deadline, call = self._call
-                call.ended = True
+                call.note_end()
                 deadline.discard(call)
-                _abandoned.discard(call)
             self._call = None
             left = self._left
         if left:

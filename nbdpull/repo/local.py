@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from nbdpull.errors import StoreError
-from nbdpull.repo.deadline import Deadline, Told, current, directly_in_time, ended_in_time, in_time
+from nbdpull.repo.calls import Told
+from nbdpull.repo.deadline import Deadline, current, directly_in_time, ended_in_time, in_time
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
 
 __all__ = ["LocalStore", "folder_call", "sync_folder", "told"]

@@ -28,8 +28,9 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from nbdpull.errors import StoreError
 from nbdpull.model.config import Lock
 from nbdpull.repo.buffer import Budget, MemoryUpload
+from nbdpull.repo.calls import Told
 from nbdpull.repo.cloud import Cloud
-from nbdpull.repo.deadline import Told, current, in_time
+from nbdpull.repo.deadline import current, in_time
 from nbdpull.repo.objectlock import lock_headers, lockable, locked_until
 from nbdpull.repo.patience import PATIENCE, Patience
 from nbdpull.repo.retention import CONNECTIONS, Retention, load

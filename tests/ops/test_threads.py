@@ -22,7 +22,8 @@ from nbdpull.ops.threads import (
     wait_for_stores_again,
     worker_count,
 )
-from nbdpull.repo.deadline import Deadline, Told, abandoned_calls, current, in_time
+from nbdpull.repo.calls import Told, abandoned_calls
+from nbdpull.repo.deadline import Deadline, current, in_time
 
 TOLD = Told("read", "/mnt/x")
 

@@ -14,7 +14,8 @@ import pytest
 from nbdpull.errors import StoreError
 from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo import deadline as under_test
-from nbdpull.repo.deadline import Deadline, Told, abandoned_calls, in_time
+from nbdpull.repo.calls import Told, abandoned_calls
+from nbdpull.repo.deadline import Deadline, in_time
 
 TOLD = Told("read", "/mnt/x")
 

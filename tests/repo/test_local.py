@@ -17,7 +17,8 @@ import pytest
 
 from nbdpull.errors import StoreError
 from nbdpull.nbdio.errors import Cancelled
-from nbdpull.repo.deadline import Deadline, abandoned_calls, current
+from nbdpull.repo.calls import abandoned_calls
+from nbdpull.repo.deadline import Deadline, current
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError
 from tests.repo.conformance import StoreConformance
@@ -196,7 +197,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from nbdpull.nbdio.errors import Cancelled
-from nbdpull.repo.deadline import Deadline, abandoned_calls, current
+from nbdpull.repo.calls import abandoned_calls
+from nbdpull.repo.deadline import Deadline, current
 from nbdpull.repo.local import LocalStore
 upload = LocalStore(Path(sys.argv[1])).begin("d/a/b")
 upload.write(0, b"x" * 1000)
