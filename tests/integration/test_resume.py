@@ -318,9 +318,9 @@ def test_a_client_killed_after_its_last_read_has_its_packs_taken_over(
         die_at(
             vm,
             keeper,
-            "from nbdpull.ops import backup",
+            "from nbdpull.ops import backuprun",
             "def die(self, pulls): os.kill(os.getpid(), signal.SIGKILL)",
-            "backup._Run._seal = die",
+            "backuprun.Run._seal = die",
         )
         left = vm.leftovers()
         assert not any(left[kind] for kind in ("jobs", "exports", "nodes"))

@@ -321,10 +321,10 @@ def lied_to(disk: Disk, keeper: Keeper, tools: QemuTools) -> Iterator[Vm]:
 
 
 FOUND = (
-    "from nbdpull.ops import backup",
-    "note = backup._Run._note_lie",
+    "from nbdpull.ops import backuprun",
+    "note = backuprun.Run._note_lie",
     "def die(self, *args): note(self, *args); os.kill(os.getpid(), signal.SIGKILL)",
-    "backup._Run._note_lie = die",
+    "backuprun.Run._note_lie = die",
 )
 
 
@@ -354,9 +354,9 @@ def test_a_bitmap_that_a_dead_run_found_lying_is_not_believed_again(
             die_at(
                 vm,
                 keeper,
-                "from nbdpull.ops import backup",
+                "from nbdpull.ops import backuprun",
                 "def die(self, pulls): os.kill(os.getpid(), signal.SIGKILL)",
-                "backup._Run._seal = die",
+                "backuprun.Run._seal = die",
                 options=(f"trim_scratch={trim_scratch}", "audit=0", "resume_within_s=0"),
             )
         more: dict[str, Any] = {"resume_within_s": 0} if swept_for == "resume_within_s" else {}
