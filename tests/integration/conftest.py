@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,10 @@ from typing import Any
 import pytest
 
 import nbdpull
-from tests.support.process import stop
+from tests.support.process import run, stop
+from tests.support.proxy import Proxy, proxy
+from tests.support.stores import SeaweedFs
+from tests.support.vm import Vm
 
 GUARD_S = 120
 """Far below what a store is waited for otherwise, and by far enough on a machine that is busy."""
@@ -50,14 +56,54 @@ class Keeper:
         return nbdpull.cleanup(source, scratch=self.scratch, **options)
 
 
+def new_keeper(repository: str, tmp_path: Path) -> Keeper:
+    """A new, empty repository at that place, with folders of the test's own."""
+    for name in ("s", "restored"):
+        (tmp_path / name).mkdir()
+    nbdpull.init(repository)
+    return Keeper(repository, tmp_path / "s", tmp_path / "restored")
+
+
 @pytest.fixture
 def keeper(tmp_path: Path) -> Keeper:
     """A new, empty repository."""
-    for name in ("s", "restored"):
-        (tmp_path / name).mkdir()
-    repository = str(tmp_path / "repo")
-    nbdpull.init(repository)
-    return Keeper(repository, tmp_path / "s", tmp_path / "restored")
+    return new_keeper(str(tmp_path / "repo"), tmp_path)
+
+
+@pytest.fixture
+def front(weed: SeaweedFs) -> Iterator[Proxy]:
+    """A proxy before the S3 server."""
+    with proxy(weed.endpoint) as made:
+        yield made
+
+
+@pytest.fixture
+def far(s3: str, tmp_path: Path) -> Keeper:
+    """A new, empty repository in the S3 server, by a way that does not hang."""
+    return new_keeper(s3, tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A folder with little room."""
+    path = tmp_path / "small"
+    path.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path])
+    yield path
+    run(["umount", path])
+
+
+def start(*arguments: str | Path, front: Proxy | None = None) -> subprocess.Popen[str]:
+    """The command line, with its store behind the proxy where there is one."""
+    far = {} if front is None else {"AWS_ENDPOINT_URL": front.endpoint}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nbdpull", *map(str, arguments)],
+        env={**os.environ, **far},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def interrupted(
@@ -75,6 +121,25 @@ def interrupted(
     assert out == ""
     assert err.splitlines()[-1] == f"nbdpull: ended by {signum.name}; everything was torn down"
     return err
+
+
+def out_of_scratch(
+    client: subprocess.Popen[str], reached: threading.Event, vm: Vm, small: Path
+) -> None:
+    """Have a client's scratch, which is in `small`, fill up once its store hangs: it ends, and the guest goes on."""
+    try:
+        while not reached.wait(0.1):
+            assert client.poll() is None, client.communicate()
+        vm.cont()  # it overwrites 16 MiB, and there is room for four
+        _, err = client.communicate(timeout=GUARD_S)
+    finally:
+        stop(client)
+    assert client.returncode == 13, err
+    assert "--scratch" in err.splitlines()[-1]
+    assert vm.status() == "running"
+    vm.wait_written(10)
+    assert not any(vm.leftovers().values())
+    assert list(small.iterdir()) == []
 
 
 def noise(tmp_path: Path, size: int) -> str:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import nbdpull
-from tests.integration.conftest import GUARD_S, Keeper, interrupted, noise
+from tests.integration.conftest import GUARD_S, Keeper, interrupted, noise, out_of_scratch, start
 from tests.support.bootwriter import BootWriter
 from tests.support.disk import MIB, compare, create_disk
 from tests.support.process import run, stop
-from tests.support.proxy import Fault, Proxy, Request, proxy
-from tests.support.stores import SeaweedFs
+from tests.support.proxy import Fault, Proxy, Request
 from tests.support.tools import QEMU_72, QemuTools
 from tests.support.vm import Vm
 
@@ -51,33 +47,6 @@ def part(request: Request) -> str:
     return parts[2] if len(parts) > 2 else ""
 
 
-@pytest.fixture
-def front(weed: SeaweedFs) -> Iterator[Proxy]:
-    with proxy(weed.endpoint) as made:
-        yield made
-
-
-@pytest.fixture
-def far(s3: str, tmp_path: Path) -> Keeper:
-    """A repository in the store, by a way that does not hang."""
-    for name in ("s", "restored"):
-        (tmp_path / name).mkdir()
-    nbdpull.init(s3)
-    return Keeper(s3, tmp_path / "s", tmp_path / "restored")
-
-
-def start(front: Proxy, *arguments: str | Path) -> subprocess.Popen[str]:
-    """The command line, with its store behind the proxy."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "nbdpull", *map(str, arguments)],
-        env={**os.environ, "AWS_ENDPOINT_URL": front.endpoint},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_signal_ends_a_backup_whose_packs_hang_and_the_next_one_takes_them_over(
     qemu_tools: QemuTools, far: Keeper, front: Proxy, tmp_path: Path
 ) -> None:
@@ -92,7 +61,7 @@ def test_a_signal_ends_a_backup_whose_packs_hang_and_the_next_one_takes_them_ove
         )
         front.plan = hang
         client = start(
-            front, "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, "--json"
+            "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, "--json", front=front
         )
         interrupted(client, hang.reached, signum)
         front.plan = lambda _request: None
@@ -129,7 +98,9 @@ def test_a_signal_while_the_commit_hangs_leaves_a_chain_that_goes_on(
             return commits or (begun.is_set() and not asked)
 
         front.plan = hang = Hang(wanted)
-        client = start(front, "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch)
+        client = start(
+            "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, front=front
+        )
         try:
             interrupted(client, hang.reached, signal.SIGINT)
         finally:
@@ -149,43 +120,26 @@ def test_a_signal_while_the_commit_hangs_leaves_a_chain_that_goes_on(
 
 @pytest.mark.parametrize("mode", [(), ("--guest-first",)], ids=["mode-b", "mode-c"])
 def test_scratch_that_fills_up_while_the_store_hangs_ends_the_backup_and_not_the_guest(
-    far: Keeper, front: Proxy, tmp_path: Path, mode: tuple[str, ...]
+    far: Keeper, front: Proxy, small: Path, tmp_path: Path, mode: tuple[str, ...]
 ) -> None:
     disk = create_disk(tmp_path, "vda", size=256 * MIB)
-    small = tmp_path / "small"
-    small.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small])
-    try:
-        with Vm([disk], writer=BootWriter(disks=1, pause_us=0)) as vm:
-            vm.wait_written(10)
-            vm.pause()
-            vm.qemu_io("vda", noise(tmp_path, 144 * MIB))
-            front.plan = hang = Hang(
-                lambda request: request.method == "PUT" and part(request) == "d", hanging=2
-            )
-            client = start(front, "backup", vm.uri, "-r", far.repository, "--scratch", small, *mode)
-            try:
-                while not hang.reached.wait(0.1):
-                    assert client.poll() is None, client.communicate()
-                vm.cont()  # it overwrites 16 MiB, and there is room for four
-                _, err = client.communicate(timeout=GUARD_S)
-            finally:
-                stop(client)
-                front.plan = lambda _request: None
-            assert client.returncode == 13, err
-            assert "--scratch" in err.splitlines()[-1]
-            assert vm.status() == "running"
-            vm.wait_written(10)
-            assert not any(vm.leftovers().values())
-            assert list(small.iterdir()) == []
-            with vm.halted():
-                truth = vm.copy_disks(tmp_path / "truth")
-                done = far.backup(vm.uri)
-            # Two packs were stored, of which the guest has overwritten up to 16 MiB.
-            assert done.disks[0].reused_bytes > 40 * MIB
-            compare(far.restore(done.backup)["vda"], truth["vda"])
-    finally:
-        run(["umount", small])
+    with Vm([disk], writer=BootWriter(disks=1, pause_us=0)) as vm:
+        vm.wait_written(10)
+        vm.pause()
+        vm.qemu_io("vda", noise(tmp_path, 144 * MIB))
+        front.plan = hang = Hang(
+            lambda request: request.method == "PUT" and part(request) == "d", hanging=2
+        )
+        options = ["-r", far.repository, "--scratch", str(small), *mode]
+        client = start("backup", vm.uri, *options, front=front)
+        out_of_scratch(client, hang.reached, vm, small)
+        front.plan = lambda _request: None
+        with vm.halted():
+            truth = vm.copy_disks(tmp_path / "truth")
+            done = far.backup(vm.uri)
+        # Two packs were stored, of which the guest has overwritten up to 16 MiB.
+        assert done.disks[0].reused_bytes > 40 * MIB
+        compare(far.restore(done.backup)["vda"], truth["vda"])
 
 
 @pytest.mark.parametrize("verb", ["restore", "restore -", "verify", "copy", "gc", "list"])
@@ -209,7 +163,7 @@ def test_a_signal_ends_every_other_verb_whose_reads_hang(
     front.plan = hang = Hang(
         lambda request: request.method == "GET" and not request.lists and part(request) == kind
     )
-    interrupted(start(front, *arguments), hang.reached, signal.SIGINT)
+    interrupted(start(*arguments, front=front), hang.reached, signal.SIGINT)
     front.plan = lambda _request: None
     if verb == "restore":
         assert list(out.iterdir()) == []
@@ -263,7 +217,7 @@ def test_after_a_point_in_time_that_breaks_a_new_one_goes_to_the_same_store(
                 lambda request: request.method == "PUT" and part(request) == "d", passing=1
             )
             options = ("--scratch", small, "--guest-first", "--rate", "64M")
-            client = start(front, "backup", vm.uri, "-r", far.repository, *options)
+            client = start("backup", vm.uri, "-r", far.repository, *options, front=front)
             try:
                 while not hang.reached.wait(0.1):
                     assert client.poll() is None, client.communicate()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import nbdpull
-from tests.integration.conftest import Keeper, noise
-from tests.integration.test_hanging_store import Hang, part, start
+from tests.integration.conftest import Keeper, noise, start
+from tests.integration.test_hanging_store import Hang, part
 from tests.support.disk import MIB, Disk, compare, create_disk
 from tests.support.process import stop
-from tests.support.proxy import Proxy, Request, proxy
-from tests.support.stores import SeaweedFs
+from tests.support.proxy import Proxy, Request
 from tests.support.tools import QEMU_10, QEMU_72, QemuTools
 from tests.support.vm import Vm
 
@@ -24,21 +21,6 @@ CHANGED = 176 * MIB
 """With one pack acknowledged more is left than the client keeps in memory: it can't have read all."""
 PACKED = 60 * MIB
 """Less than two packs hold."""
-
-
-@pytest.fixture
-def front(weed: SeaweedFs) -> Iterator[Proxy]:
-    with proxy(weed.endpoint) as made:
-        yield made
-
-
-@pytest.fixture
-def far(s3: str, tmp_path: Path) -> Keeper:
-    """A repository in the store."""
-    for name in ("s", "restored"):
-        (tmp_path / name).mkdir()
-    nbdpull.init(s3)
-    return Keeper(s3, tmp_path / "s", tmp_path / "restored")
 
 
 def is_pack(request: Request) -> bool:
@@ -55,8 +37,9 @@ def killed(front: Proxy, far: Keeper, vm: Vm, *, acknowledged: int = 1) -> None:
     before = stored(front)
     hang = Hang(is_pack, passing=acknowledged)
     front.plan = hang
-    client: subprocess.Popen[str] = start(
-        front, "backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, "--json"
+    client = start(
+        *("backup", vm.uri, "-r", far.repository, "--scratch", far.scratch, "--json"),
+        front=front,
     )
     try:
         while not hang.reached.wait(0.1):

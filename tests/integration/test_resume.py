@@ -57,6 +57,14 @@ def kill_in_the_middle(
         client.wait()
 
 
+def write_noise(vm: Vm, file: Path) -> None:
+    """Write 70 MiB of each disk anew, from 130 MiB on; `file` is in between."""
+    for disk in vm.disks:
+        for place in range(130, 200, 5):
+            file.write_bytes(os.urandom(5 * MIB))
+            vm.qemu_io(disk.name, f"write -q -s {file} {place * MIB} {5 * MIB}")
+
+
 @contextmanager
 def frozen_truth(vm: Vm, folder: Path) -> Iterator[dict[str, Path]]:
     """What the disks hold while nothing is written: as long as the body runs."""
@@ -110,11 +118,7 @@ def test_what_a_killed_client_began_is_finished_at_its_point_in_time(
         assert list(keeper.scratch.iterdir()) == []
 
         # What was written since is in the next one, which is cut short, too.
-        noise = tmp_path / "noise"
-        for disk in disks:
-            for place in range(130, 200, 5):
-                noise.write_bytes(os.urandom(5 * MIB))
-                vm.qemu_io(disk.name, f"write -q -s {noise} {place * MIB} {5 * MIB}")
+        write_noise(vm, tmp_path / "noise")
         with frozen_truth(vm, tmp_path / "incremental") as truth:
             kill_in_the_middle(vm, keeper, *mode, stored=1)
         vm.wait_written(10)
@@ -293,6 +297,14 @@ def test_a_storage_daemon_holds_a_point_in_time_too(
         check(keeper, result, truth, qemu_tools)
 
 
+BEFORE_SEALING = (
+    "from nbdpull.ops import backuprun",
+    "def die(self, pulls): os.kill(os.getpid(), signal.SIGKILL)",
+    "backuprun.Run._seal = die",
+)
+"""For `die_at`: all is read, and the guest is free of it."""
+
+
 def die_at(vm: Vm, keeper: Keeper, *patch: str, options: tuple[str, ...] = ()) -> None:
     """Run a client that is killed where the lines of `patch` say."""
     program = "\n".join(
@@ -315,13 +327,7 @@ def test_a_client_killed_after_its_last_read_has_its_packs_taken_over(
 ) -> None:
     """The guest is free of it by then: a new point in time is taken, and only what is new is stored."""
     with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
-        die_at(
-            vm,
-            keeper,
-            "from nbdpull.ops import backuprun",
-            "def die(self, pulls): os.kill(os.getpid(), signal.SIGKILL)",
-            "backuprun.Run._seal = die",
-        )
+        die_at(vm, keeper, *BEFORE_SEALING)
         left = vm.leftovers()
         assert not any(left[kind] for kind in ("jobs", "exports", "nodes"))
         with frozen_truth(vm, tmp_path / "truth") as truth:

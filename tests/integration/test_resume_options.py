@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -19,6 +18,7 @@ from nbdpull.nbdio.connection import Connection, ReplyError, unix_uri
 from tests.integration.conftest import Keeper
 from tests.integration.test_kills import noisy, running_backup
 from tests.integration.test_resume import (
+    BEFORE_SEALING,
     MODES,
     NOISE,
     SLOWLY,
@@ -30,6 +30,7 @@ from tests.integration.test_resume import (
     packs,
     read_bytes,
     swept,
+    write_noise,
 )
 from tests.support.bootwriter import BootWriter
 from tests.support.certificates import Authority
@@ -100,12 +101,9 @@ def test_what_was_trimmed_is_found_in_the_repository_and_the_rest_is_read(
         assert list(keeper.scratch.iterdir()) == []
 
         # Data, zeroes and what did not change.
-        noise = tmp_path / "noise"
         for disk in disks:
             vm.qemu_io(disk.name, f"write -q -z {40 * MIB} {40 * MIB}")
-            for place in range(130, 200, 5):
-                noise.write_bytes(os.urandom(5 * MIB))
-                vm.qemu_io(disk.name, f"write -q -s {noise} {place * MIB} {5 * MIB}")
+        write_noise(vm, tmp_path / "noise")
         with frozen_truth(vm, tmp_path / "incremental") as truth:
             kill_when(vm, keeper, *TRIMS, *mode, so=lambda: is_refused(keeper.scratch, 131 * MIB))
             assert is_refused(keeper.scratch, 60 * MIB)
@@ -354,9 +352,7 @@ def test_a_bitmap_that_a_dead_run_found_lying_is_not_believed_again(
             die_at(
                 vm,
                 keeper,
-                "from nbdpull.ops import backuprun",
-                "def die(self, pulls): os.kill(os.getpid(), signal.SIGKILL)",
-                "backuprun.Run._seal = die",
+                *BEFORE_SEALING,
                 options=(f"trim_scratch={trim_scratch}", "audit=0", "resume_within_s=0"),
             )
         more: dict[str, Any] = {"resume_within_s": 0} if swept_for == "resume_within_s" else {}

@@ -61,6 +61,25 @@ def kill_in_the_middle(vm: Vm, keeper: Keeper, source: str, *options: str) -> No
         client.wait()
 
 
+def check_next(
+    keeper: Keeper,
+    vm: Vm,
+    source: str,
+    before: nbdpull.BackupResult,
+    folder: Path,
+    *,
+    guest_first: bool = False,
+) -> None:
+    """See that the backup after one counts from it, and is right."""
+    with vm.halted():
+        truth = vm.copy_disks(folder)
+        after = keeper.backup(source, guest_first=guest_first)
+    assert not after.resumed
+    assert after.parent == before.backup
+    assert [disk.level for disk in after.disks] == [Level.INCREMENTAL] * 2
+    check(keeper, after, truth, vm.tools)
+
+
 @pytest.mark.parametrize(
     ("qemu_tools", "first", "second", "guest_first"),
     [
@@ -96,13 +115,7 @@ def test_a_killed_client_is_gone_on_with_over_ssh_and_on_the_hypervisor_itself(
         check(keeper, result, truth, qemu_tools)
         assert not any(vm.leftovers().values())
         assert list(keeper.scratch.iterdir()) == []
-        with vm.halted():
-            truth = vm.copy_disks(tmp_path / "next")
-            after = keeper.backup(ways[first], guest_first=guest_first)
-        assert not after.resumed
-        assert after.parent == result.backup
-        assert [disk.level for disk in after.disks] == [Level.INCREMENTAL] * 2
-        check(keeper, after, truth, qemu_tools)
+        check_next(keeper, vm, ways[first], result, tmp_path / "next", guest_first=guest_first)
 
 
 def test_a_connection_that_is_lost_altogether_is_made_again_and_the_backup_goes_on(
@@ -168,12 +181,7 @@ def test_a_host_that_stays_away_keeps_the_point_in_time_for_the_next_backup(
         check(keeper, result, truth, qemu_tools)
         assert not any(vm.leftovers().values())
         assert list(keeper.scratch.iterdir()) == []
-        with vm.halted():
-            truth = vm.copy_disks(tmp_path / "next")
-            after = keeper.backup(source)
-        assert after.parent == result.backup
-        assert [disk.level for disk in after.disks] == [Level.INCREMENTAL] * 2
-        check(keeper, after, truth, qemu_tools)
+        check_next(keeper, vm, source, result, tmp_path / "next")
 
 
 @pytest.mark.parametrize(
