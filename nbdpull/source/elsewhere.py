@@ -25,6 +25,7 @@ from nbdpull.source.recordelsewhere import (
     let_go,
     put_record,
     read_record,
+    remove_record,
     take_over,
 )
 from nbdpull.source.rundir import SOCKET_PATH_MAX, FoundRun
@@ -224,8 +225,8 @@ class RunDirElsewhere:
                 return
         except ScriptError as exc:
             log.debug("nobody could go on with this run from here on: %s", exc)
-        # Of a run that is taken over no such file is open; a name may always be removed.
-        self._link.run(f"rm -f -- {quoted(self.path / 'resume')}")
+        # Of a run that is taken over no such file is open.
+        remove_record(self._link, self.path)
 
     def journal(self, backup: str) -> Journal | None:
         """The run's journal; None where that can't be."""

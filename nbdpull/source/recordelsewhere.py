@@ -21,7 +21,15 @@ from nbdpull.errors import InUseError, MonitorError, SourceError
 from nbdpull.source.journal import JOURNAL_MAX
 from nbdpull.source.ssh import ScriptError, SshLink, quoted
 
-__all__ = ["JournalElsewhere", "hold", "let_go", "put_record", "read_record", "take_over"]
+__all__ = [
+    "JournalElsewhere",
+    "hold",
+    "let_go",
+    "put_record",
+    "read_record",
+    "remove_record",
+    "take_over",
+]
 
 _PIECE: Final = 512 << 10
 """Bytes in one answer: in base64, less than the shell's answers may have."""
@@ -65,6 +73,16 @@ elif ours resume; then printf '\nrecord\n' && head -c {piece} resume | base64
 else printf '\nfile\n'
 fi
 leave
+"""
+
+_REMOVE: Final = r"""
+if enter; then
+    rm -f resume
+    leave
+    [ ! -e resume ] && [ ! -h resume ]
+else
+    false
+fi
 """
 
 _TAKE: Final = r"""
@@ -156,6 +174,16 @@ def put_record(link: SshLink, raw: bytes, *, anew: bool = False) -> None:
     # Opened once more by its number: the file that is held open, whatever its name is now.
     cut = ": >/proc/self/fd/7 && " if anew else ""
     link.run(f"{cut}printf '{_octal(raw)}' >&7")
+
+
+def remove_record(link: SshLink, folder: Path) -> None:
+    """Take the record of a run away, so that nobody goes on with it.
+
+    Raises:
+        ScriptError: it is still there.
+        MonitorError: the connection is lost.
+    """
+    link.run(_enter(folder) + _REMOVE)
 
 
 class JournalElsewhere:
