@@ -249,7 +249,9 @@ class LibvirtPointInTime:
         return self.lost
 
     async def _look(self) -> None:
-        full = await asyncio.to_thread(self._guard.check)
+        full = None
+        with contextlib.suppress(OSError):  # the job is looked at below, too
+            full = await asyncio.to_thread(self._guard.check)
         if full is not None:
             self._lose(full)
             return

@@ -264,7 +264,7 @@ class RunDir:
 
     def room(self) -> tuple[int, int]:
         """Bytes that are free for scratch images, and that they take now."""
-        used = sum(file.lstat().st_blocks * 512 for file in self.path.glob("disk*"))
+        used = sum(map(_taken, self.path.glob("disk*")))
         state = os.statvfs(self.path)
         return state.f_bavail * state.f_frsize, used
 
@@ -407,6 +407,14 @@ class FoundRun:
             if not _is_ours(file.fileno()):
                 raise ValueError(f"'{name}' in its folder is not a file of ours")
             return file.read(most + 1)
+
+
+def _taken(image: Path) -> int:
+    """Bytes that a scratch image takes; nothing where libvirt has just removed it, with its job."""
+    try:
+        return image.lstat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def _is_ours(fd: int) -> bool:

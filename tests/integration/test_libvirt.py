@@ -169,11 +169,17 @@ def ended(domain: Domain) -> Iterator[None]:
 
 
 def abort_once(domain: Domain) -> nbdpull.ProgressCallback:
-    """Ends whatever job the domain has, as soon as data flows."""
+    """Ends whatever job the domain has, once 3 of 8 MiB of disk vda are read: no connection is made any more.
+
+    What is clean counts as done when it is planned, before any is made; and QEMU 7.2's main loop hangs when
+    libvirt has it stop its NBD server while a client is in the handshake: see the limits in
+    docs/decisions/0072-libvirts-backup-job.md.
+    """
     did: list[int] = []
 
     def progress(news: nbdpull.Progress) -> None:
-        if news.kind is nbdpull.ProgressKind.DISK and news.done > 0 and not did:
+        read = news.kind is nbdpull.ProgressKind.DISK and news.disk == "vda"
+        if read and news.done > news.total - 5 * MIB and not did:
             did.append(news.done)
             domain.handle.abortJob()
 
@@ -472,7 +478,7 @@ def test_a_libvirtd_that_is_restarted_in_the_middle_is_no_matter(
         did: list[int] = []
 
         def restart(news: nbdpull.Progress) -> None:
-            if news.kind is nbdpull.ProgressKind.DISK and news.done > 0 and not did:
+            if news.kind is nbdpull.ProgressKind.DISK and news.done > 5 * MIB and not did:
                 did.append(news.done)
                 libvirtd.kill()
                 libvirtd.start()

@@ -85,6 +85,19 @@ def test_a_stopped_run_lives_and_a_killed_one_does_not(tmp_path: Path) -> None:
     assert list(find_runs(str(tmp_path))) == []
 
 
+def test_an_image_that_goes_while_it_is_counted_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt removes its own, with the job."""
+    made = create(tmp_path)
+    gone = made.path / "disk1.qcow2"
+    monkeypatch.setattr(Path, "glob", lambda _folder, _pattern: iter([gone]))
+    free, used = made.room()
+    assert (free > 0, used) == (True, 0)
+    monkeypatch.undo()
+    made.close()
+
+
 def test_scratch_is_sparse_and_counted(tmp_path: Path) -> None:
     made = create(tmp_path)
     path = Path(made.make_scratch(0, 1 << 30))
