@@ -88,7 +88,7 @@ def test_a_stopped_run_lives_and_a_killed_one_does_not(tmp_path: Path) -> None:
 def test_an_image_that_goes_while_it_is_counted_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libvirt removes its own, with the job."""
+    """Libvirt removes its own, with the job."""
     made = create(tmp_path)
     gone = made.path / "disk1.qcow2"
     monkeypatch.setattr(Path, "glob", lambda _folder, _pattern: iter([gone]))
