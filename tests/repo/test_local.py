@@ -102,6 +102,31 @@ def test_create_returns_after_data_name_and_every_folder_are_synced(
     ]
 
 
+def test_what_is_large_leaves_the_page_cache_once_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    calls: list[str] = []
+    fdatasync, fadvise = os.fdatasync, os.posix_fadvise
+
+    def sync(fd: int) -> None:
+        fdatasync(fd)
+        calls.append(f"sync {os.fstat(fd).st_size}")
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        fadvise(fd, offset, length, advice)
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        calls.append(f"drop {os.fstat(fd).st_size}")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    large, small = 1 << 20, (1 << 20) - 1
+    store.create("d/a/0", bytes(large))
+    store.create("x/a/0", bytes(small))
+    assert calls == [f"sync {large}", f"drop {large}", f"sync {small}"]
+    assert store.get("d/a/0", limit=large) == bytes(large)
+
+
 def test_a_folder_that_another_process_just_made_is_synced_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
