@@ -23,6 +23,7 @@ from functools import partial
 from nbdpull.errors import (
     Error,
     InUseError,
+    LibvirtError,
     MonitorError,
     PointInTimeLostError,
     SourceError,
@@ -118,6 +119,10 @@ async def _while_it_lasts(frozen: PointInTime) -> AsyncIterator[None]:
         if isinstance(exc, Cancelled):
             raise PointInTimeLostError("the pull was stopped") from exc
         raise
+    _check_not_lost(frozen)
+
+
+def _check_not_lost(frozen: PointInTime) -> None:
     if frozen.lost is not None:
         raise frozen.lost
 
@@ -207,10 +212,10 @@ class Run:
             distrusted = {one.name: one.lie for one in record.disks if one.base is None and one.lie}
             try:
                 await self.choose(BackupId(record.backup), record.asked, distrusted)
-            except (
-                SourceError,
-                UsageError,
-            ) as exc:  # told again, if it is so without that run, too
+            except (MonitorError, LibvirtError):
+                raise  # it passes, and the run is not to be swept for it
+            except (SourceError, UsageError) as exc:
+                # Told again, if it is so without that run, too.
                 raise CannotGoOnError(str(exc)) from exc
             check_same(record, self._disks())
             self.kept_files = await self._files_of(record)
@@ -312,6 +317,8 @@ class Run:
                         await call(self._keep_machine, files)
                     pulls = await call(self._begin, frozen)
                     await self._pull(frozen, pulls)
+            # Perhaps it was seen when it was to be ended: somebody had done so before, maybe before the last read.
+            _check_not_lost(frozen)
             lies = self._heed_audit(pulls)
             await call(self._seal, pulls)
             duration_s = time.monotonic() - clock

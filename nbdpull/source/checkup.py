@@ -142,8 +142,8 @@ def _leftovers(found: Swept) -> Iterator[Finding]:
     if found.removed:
         yield _warning(
             "other runs",
-            f"a run that is dead left {', '.join(found.removed)}: the next backup removes it, and so does"
-            " 'nbdpull cleanup'; until then the VM can't be migrated",
+            f"a run that is dead left {', '.join(found.removed)}: its chain's next backup goes on with it, or removes"
+            " it, as 'nbdpull cleanup' does; until then the VM can't be migrated",
         )
     if not found.live and not found.removed:
         yield _ok("other runs", "none, and nothing is left of earlier ones")

@@ -21,6 +21,8 @@ __all__ = [
     "DomainDisk",
     "backup_xml",
     "checkpoint_xml",
+    "exported_bitmap",
+    "job_disks",
     "job_socket",
     "parse_domain",
     "sound_disks",
@@ -170,6 +172,11 @@ def _owner(root: ET.Element) -> tuple[int, int] | None:
     return uid, gid
 
 
+def exported_bitmap(target: str) -> str:
+    """What the bitmap of a disk's changes is called among its export's contexts."""
+    return f"backup-{target}"
+
+
 def backup_xml(socket: str, disks: Sequence[BackupDisk], others: Collection[str]) -> str:
     """A ``<domainbackup>`` in pull mode.
 
@@ -190,7 +197,7 @@ def backup_xml(socket: str, disks: Sequence[BackupDisk], others: Collection[str]
         else:
             entry.set("backupmode", "incremental")
             entry.set("incremental", disk.incremental)
-            entry.set("exportbitmap", f"backup-{disk.target}")
+            entry.set("exportbitmap", exported_bitmap(disk.target))
         ET.SubElement(entry, "driver", type="qcow2")
         ET.SubElement(entry, "scratch", file=disk.scratch)
     for target in others:
@@ -259,3 +266,23 @@ def job_socket(job: str) -> str | None:
     """The unix socket of a backup job, by its XML; None where it has none."""
     server = _parse(job).find("./server[@transport='unix']")
     return None if server is None else server.get("socket")
+
+
+def job_disks(job: str) -> list[BackupDisk]:
+    """The disks of a backup job in pull mode, by its XML; only those that it serves as `backup_xml` asks for."""
+    root = _parse(job)
+    found = []
+    for disk in root.iterfind("./disks/disk[@backup='yes']"):
+        target, scratch = disk.get("name", ""), disk.find("scratch")
+        one = BackupDisk(
+            target=target,
+            scratch="" if scratch is None else scratch.get("file", ""),
+            incremental=disk.get("incremental"),
+        )
+        bitmap = None if one.incremental is None else exported_bitmap(target)
+        if root.get("mode") == "pull" and (disk.get("exportname"), disk.get("exportbitmap")) == (
+            target,
+            bitmap,
+        ):
+            found.append(one)
+    return found

@@ -28,7 +28,7 @@ from nbdpull.source.recordelsewhere import (
     remove_record,
     take_over,
 )
-from nbdpull.source.rundir import SOCKET_PATH_MAX, FoundRun
+from nbdpull.source.rundir import FULL, SOCKET_PATH_MAX, FoundRun
 from nbdpull.source.ssh import ScriptError, SshLink, quoted
 from nbdpull.source.unfinished import Unfinished
 
@@ -40,6 +40,7 @@ _HELD_KIB: Final = 64 << 10
 _FASTEST: Final = 4 << 30
 """Bytes in a second that scratch is taken to grow at most: so often its room is looked at."""
 _PACE_S: Final = (0.05, 1.0)
+_DF: Final = "df -Pk . | tail -n 1"
 _FREE: Final = re.compile(r"\s(\d+)\s+\d+%\s")
 _RUN: Final = re.compile(r"nbdpull-[0-9a-f]{8}")
 _JSON_MAX: Final = 4096
@@ -165,7 +166,7 @@ class RunDirElsewhere:
         Raises:
             SourceError: it can't be looked at.
         """
-        script = f"cd -- {quoted(self.path)} && df -Pk . | tail -n 1 && du -k disk*.raw"
+        script = f"cd -- {quoted(self.path)} && {_DF} && du -k disk*.raw"
         first, _, rest = self._link.run(script).lstrip("\n").partition("\n")
         free = _FREE.search(first)
         used = [line.split()[0] for line in rest.splitlines() if line.strip()]
@@ -275,6 +276,12 @@ class _FoundElsewhere(FoundRun):
     """The folder of some run, as found there."""
 
     link: SshLink
+
+    def full(self) -> bool:
+        with suppress(MonitorError):
+            free = _FREE.search(self.link.run(f"cd -- {quoted(self.path)} && {_DF}"))
+            return free is not None and int(free[1]) * 1024 < FULL
+        return False
 
     def remove(self) -> None:
         with suppress(MonitorError):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +50,7 @@ from nbdpull.source.place import RunFolder
 from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
+from nbdpull.source.recorder import Recorder
 from nbdpull.source.scratch import Overwritten, ScratchGuard
 from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
@@ -146,8 +146,7 @@ class QemuPointInTime:
         self._port: int | None = None
         self._found_exports: frozenset[str] = frozenset()
         self._listens = False
-        self._record: Unfinished | None = None
-        self._record_lock = threading.Lock()
+        self._recorder = Recorder(rundir)
         self._released = False
         self._monitor_lost = False
         self._failed = False
@@ -502,31 +501,21 @@ class QemuPointInTime:
             pause_s=self._pause_s,
             quiesced=self.quiesced,
         )
-        if not await asyncio.to_thread(self._rundir.keep_record, record, machine):
-            return None
-        self._record = record
-        return await self.journal(record.backup)
+        return await self._recorder.keep(record, machine)
 
     def note_lie(self, disk: str, lie: str) -> None:
         """See `RecordedPointInTime.note_lie`."""
-        with self._record_lock:
-            if self._record is not None:
-                self._record = self._record.with_lie(disk, lie)
-                self._rundir.replace_record(self._record)
+        self._recorder.note_lie(disk, lie)
 
     async def journal(self, backup: str) -> Journal | None:
-        """What was noted of the reading, to go on with; None where nothing can be noted."""
-        journal = await asyncio.to_thread(self._rundir.journal, backup)
-        if journal is not None:
-            # In a thread: on another host it may have to wait.
-            self._stack.push_async_callback(whole, journal.close)
-        return journal
+        """See `RecordedPointInTime.journal`."""
+        return await self._recorder.journal(backup)
 
     async def _attach(self, uri_of: Callable[[str], str], record: Unfinished) -> None:
         """Take what a run made as this one's own, in the order in which it was made."""
         age_s = max(0.0, time.time() - record.time)
         self._began = asyncio.get_running_loop().time() - age_s
-        self._record = record
+        self._recorder = Recorder(self._rundir, record)
         self._pause_s = record.pause_s
         self.quiesced = record.quiesced
         for index in range(len(self._plans)):
@@ -659,6 +648,7 @@ class QemuPointInTime:
             await self._count_copied()
         with contextlib.suppress(OSError, SourceError):  # only its peak is wanted
             await asyncio.to_thread(self._guard.check)
+        self._stack.push_async_callback(self._recorder.close)
         await self._stack.aclose()
         await self._no_room.settle(connected=not self._monitor_lost)
         peak = self._guard.peak
@@ -809,8 +799,10 @@ async def _held(
             # To its end, also when cancelled: what QEMU was told to make must be known to be removed.
             await finished(make())
         except BaseException:
-            await frozen.release()
-            on_released(frozen.gone)
+            try:
+                await frozen.release()
+            finally:
+                on_released(frozen.gone)
             for line in await frozen.discard():
                 log.debug("%s", line)
             raise
@@ -819,7 +811,9 @@ async def _held(
             yield
         finally:
             watcher.cancel()
-            await frozen.release()
-            on_released(frozen.gone)
+            try:
+                await frozen.release()
+            finally:
+                on_released(frozen.gone)
     finally:
         unsubscribe()

@@ -227,7 +227,9 @@ class Journal:
     def _end(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            # On a network's file system, or over a quota, the end of what was written may fail here.
+            with suppress(OSError):
+                file.close()
 
     def close(self) -> None:
         """Write what is left, and let the file go; a second call does nothing."""

@@ -240,7 +240,7 @@ class _Sweeper:
 
     async def go(self, committed: Committed) -> None:
         """Every step, in an order that matters: what stands on another thing goes first."""
-        await self._let_guest_run()
+        waits = await self._guest_waits()
         exports = self.mine(self.found.exports)
         for name in exports:
             await self.remove("export", name, "block-export-del", {"id": name, "mode": "hard"})
@@ -260,17 +260,29 @@ class _Sweeper:
         if self.folder is not None:
             await asyncio.to_thread(self.folder.remove)
             self.swept.removed.append(f"scratch folder of run {self.run}")
+        if waits:
+            # With the filter gone the write that found no room succeeds.
+            await self.monitor.execute("cont")
+            self.swept.removed.append(
+                f"pause of the guest, which found no room in the scratch of run {self.run}"
+            )
         life = self.found.lives.get(self.run)
         if life is not None:
             # Last: while anything is left, it says that the run is over.
             await self.remove("lifeline", life.name, "chardev-remove", {"id": life.name})
 
-    async def _let_guest_run(self) -> None:
-        if self.folder is not None and self.folder.paused:
-            status = await self.monitor.execute("query-status")
-            if status["status"] == "paused":
-                await self.monitor.execute("cont")
-                self.swept.removed.append(f"pause of the guest by run {self.run}")
+    async def _guest_waits(self) -> bool:
+        """Whether QEMU paused the guest because this run's scratch is full; one that the run itself paused goes on now.
+
+        A guest that waits for room on its own disk is left as it is: see decision 0082.
+        """
+        if self.folder is None or self.monitor.storage_daemon:
+            return False
+        status = (await self.monitor.execute("query-status"))["status"]
+        if status == "paused" and self.folder.paused:
+            await self.monitor.execute("cont")
+            self.swept.removed.append(f"pause of the guest by run {self.run}")
+        return bool(status == "io-error") and await asyncio.to_thread(self.folder.full)
 
     async def _remove_nodes(self, driver: str) -> None:
         # Asked anew: a job takes its filter with it.

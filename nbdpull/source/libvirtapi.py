@@ -210,9 +210,8 @@ class LibvirtDomain:
         ]
 
     def checkpoint_xml(self, name: str) -> str:
-        """A checkpoint's XML, with the size of each sound bitmap of a domain that runs."""
-        libvirt = self._libvirt
-        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+        """A checkpoint's XML, with the domain's of then, and the size of each sound bitmap of one that runs."""
+        flags = self._libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
         return str(
             self._ask(
                 f"describe checkpoint '{name}'",

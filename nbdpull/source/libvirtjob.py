@@ -17,9 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Final
+
+from blake3 import blake3
 
 from nbdpull.errors import (
     Error,
@@ -32,16 +36,36 @@ from nbdpull.errors import (
 from nbdpull.model.results import GuestCost, Quiesced
 from nbdpull.nbdio.connection import unix_uri
 from nbdpull.source.base import DiskPlan, OnLost, ServedDisk
-from nbdpull.source.domainxml import BackupDisk, backup_xml, checkpoint_xml, job_socket
+from nbdpull.source.domainxml import (
+    BackupDisk,
+    backup_xml,
+    checkpoint_xml,
+    exported_bitmap,
+    job_socket,
+)
+from nbdpull.source.journal import Journal
 from nbdpull.source.libvirtapi import LibvirtDomain
+from nbdpull.source.libvirtcheckpoints import Checkpoints
 from nbdpull.source.quiesce import quiesced
+from nbdpull.source.recorder import Recorder
 from nbdpull.source.rundir import RunDir
 from nbdpull.source.scratch import ScratchGuard
+from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
 
-__all__ = ["Checkpoints", "LibvirtPointInTime", "end_job", "freeze", "remove_checkpoint"]
+__all__ = [
+    "SERVER",
+    "LibvirtPointInTime",
+    "end_job",
+    "freeze",
+    "jobs_of",
+    "resume",
+]
 
 log = logging.getLogger(__name__)
+
+SERVER: Final = blake3(b"libvirt").hexdigest()
+"""In a run's record: there is one way only in which a job's exports are reached."""
 
 _GRANULARITY: Final = 512
 """QEMU's smallest for a bitmap: libvirt leaves it to QEMU, which takes the image's cluster size."""
@@ -51,19 +75,16 @@ _LOOK_S: Final = 0.5
 _ENDING_S: Final = 3.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoints:
-    """What libvirt has on a domain, before a backup.
-
-    Attributes:
-        targets: of all disks.
-        sound: by the name of each checkpoint of ours, the targets whose bitmap is sound.
-        chain: the id of the chain that is backed up.
-    """
-
-    targets: Collection[str]
-    sound: Mapping[str, Collection[str]]
-    chain: str
+def jobs_of(plans: Sequence[DiskPlan], folder: Path) -> list[BackupDisk]:
+    """What a run asks libvirt for, with its scratch images in `folder`."""
+    return [
+        BackupDisk(
+            target=plan.disk.name,
+            scratch=str(folder / f"disk{index}.qcow2"),
+            incremental=plan.base,
+        )
+        for index, plan in enumerate(plans)
+    ]
 
 
 async def end_job(domain: LibvirtDomain, socket: str) -> bool:
@@ -95,34 +116,8 @@ async def end_job(domain: LibvirtDomain, socket: str) -> bool:
         await asyncio.sleep(_POLL_S)
 
 
-def remove_checkpoint(domain: LibvirtDomain, name: str, targets: Collection[str]) -> None:
-    """Remove a checkpoint, with what there is of its bitmaps.
-
-    libvirt refuses to remove one as soon as a single bitmap of it is missing. So it is told of a checkpoint of
-    each disk alone then, of which it can be rid.
-
-    Raises:
-        LibvirtError: it could not be done.
-    """
-    try:
-        domain.delete_checkpoint(name)
-    except LibvirtError:
-        if not domain.active():
-            raise
-    else:
-        return
-    domain.delete_checkpoint(name, metadata_only=True)
-    for target in targets:
-        others = [one for one in targets if one != target]
-        if domain.redefine(checkpoint_xml(name, [target], others, created=1), validate=False):
-            try:
-                domain.delete_checkpoint(name)
-            except LibvirtError:
-                domain.delete_checkpoint(name, metadata_only=True)
-
-
 class LibvirtPointInTime:
-    """See `PointInTime`. Made by `freeze`."""
+    """See `PointInTime`. Made by `freeze` and `resume`."""
 
     def __init__(
         self,
@@ -138,6 +133,7 @@ class LibvirtPointInTime:
         self._checkpoints = checkpoints
         self._on_lost = on_lost
         self._guard = ScratchGuard(rundir, self._lose)
+        self._recorder = Recorder(rundir)
         self._began = 0.0
         self._pause_s = 0.0
         self._stuck = False
@@ -196,14 +192,7 @@ class LibvirtPointInTime:
         chosen = {plan.disk.name for plan in self._plans}
         backup = backup_xml(
             self._rundir.socket,
-            [
-                BackupDisk(
-                    target=plan.disk.name,
-                    scratch=str(self._rundir.path / f"disk{index}.qcow2"),
-                    incremental=plan.base,
-                )
-                for index, plan in enumerate(self._plans)
-            ],
+            jobs_of(self._plans, self._rundir.path),
             [target for target in self._checkpoints.targets if target not in chosen],
         )
         checkpoint = None
@@ -222,15 +211,47 @@ class LibvirtPointInTime:
                 " AppArmor or SELinux may forbid it, or a folder above it: choose another one with"
                 " --scratch, see docs/sources.md"
             ) from exc
+        self._serve()
+
+    def _serve(self) -> None:
         self.disks = tuple(
             ServedDisk(
                 disk=plan.disk,
                 uri=unix_uri(self._rundir.socket, plan.disk.name),
-                context=None if plan.base is None else f"qemu:dirty-bitmap:backup-{plan.disk.name}",
+                context=None
+                if plan.base is None
+                else f"qemu:dirty-bitmap:{exported_bitmap(plan.disk.name)}",
                 granularity=_GRANULARITY,
             )
             for plan in self._plans
         )
+
+    def attach(self, record: Unfinished) -> None:
+        """Take the job of a run that died as this one's own."""
+        self._began = asyncio.get_running_loop().time() - max(0.0, time.time() - record.time)
+        self._recorder = Recorder(self._rundir, record)
+        self._pause_s = record.pause_s
+        self.quiesced = record.quiesced
+        self.gone = False
+        self._serve()
+
+    async def keep_record(self, record: Unfinished, machine: bytes | None) -> Journal | None:
+        """See `RecordedPointInTime.keep_record`."""
+        record = replace(
+            record,
+            server=SERVER,
+            machine=None if machine is None else blake3(machine).hexdigest(),
+            quiesced=self.quiesced,
+        )
+        return await self._recorder.keep(record, machine)
+
+    def note_lie(self, disk: str, lie: str) -> None:
+        """See `RecordedPointInTime.note_lie`."""
+        self._recorder.note_lie(disk, lie)
+
+    async def journal(self, backup: str) -> Journal | None:
+        """See `RecordedPointInTime.journal`."""
+        return await self._recorder.journal(backup)
 
     # -- watching it -------------------------------------------------------------------------------
 
@@ -263,12 +284,13 @@ class LibvirtPointInTime:
                 return
             job = await whole(self._domain.job)
             if job is None or job_socket(job) != self._rundir.socket:
-                self._lose(
-                    PointInTimeLostError(
-                        f"the backup job of domain '{self._domain.name}' ended before its disks were read:"
-                        " somebody ended it, or the domain"
-                    )
-                )
+                self._lose(self._ended())
+
+    def _ended(self) -> PointInTimeLostError:
+        return PointInTimeLostError(
+            f"the backup job of domain '{self._domain.name}' ended before its disks were read: somebody ended it,"
+            " or the domain"
+        )
 
     async def watch(self) -> None:
         """Look now and then until the view is lost."""
@@ -299,13 +321,21 @@ class LibvirtPointInTime:
         try:
             with contextlib.suppress(LibvirtError):  # only a figure
                 copied = await whole(self._domain.copied)
-            await end_job(self._domain, self._rundir.socket)
+            # QEMU's answer to that came after whatever it had to tell of its jobs, which libvirt heeds meanwhile.
+            await asyncio.sleep(_POLL_S)
+            if not await end_job(self._domain, self._rundir.socket) and self.lost is None:
+                self.lost = self._ended()
             self.gone = True
         except Error as exc:
-            log.warning("can't take the frozen view down, run 'nbdpull cleanup': %s", exc)
+            log.warning(
+                "can't take the frozen view down (the chain's next backup goes on at it, or takes it down, as"
+                " 'nbdpull cleanup' does): %s",
+                exc,
+            )
         if isinstance(self.lost, ScratchFullError):
             # With the job gone the write that found no room succeeds.
             await self._resume()
+        await self._recorder.close()
         self.cost = GuestCost(
             frozen_s=asyncio.get_running_loop().time() - self._began,
             pause_s=self._pause_s,
@@ -313,33 +343,13 @@ class LibvirtPointInTime:
             scratch_peak_bytes=self._guard.peak,
         )
 
-    async def _remove(self, doomed: Collection[str]) -> tuple[str, ...]:
-        problems = []
-        for name in doomed:
-            try:
-                await whole(remove_checkpoint, self._domain, name, self._checkpoints.targets)
-            except Error as exc:
-                problems.append(f"checkpoint '{name}' stays: {exc}")
-        return tuple(problems)
-
     async def confirm(self, obsolete: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        """See `PointInTime.confirm`.
-
-        A checkpoint is one of several disks: it goes when none of them needs it any more. So does one of this
-        chain that has no sound bitmap left.
-        """
-        doomed = []
-        for name, sound in self._checkpoints.sound.items():
-            needed = [target for target in sound if name not in obsolete.get(target, ())]
-            named = any(name in names for names in obsolete.values())
-            lost = not sound and name.startswith(f"nbdpull-{self._checkpoints.chain}-")
-            if (named and not needed) or lost:
-                doomed.append(name)
-        return await self._remove(doomed)
+        """See `PointInTime.confirm`."""
+        return await self._checkpoints.remove(self._domain, self._checkpoints.doomed(obsolete))
 
     async def discard(self) -> tuple[str, ...]:
         """See `PointInTime.discard`."""
-        return await self._remove(self._recorded)
+        return await self._checkpoints.remove(self._domain, self._recorded)
 
 
 @contextlib.asynccontextmanager
@@ -364,19 +374,49 @@ async def freeze(
         await finished(frozen.begin(quiesce=quiesce))
     except BaseException:
         if not frozen.gone:
-            await frozen.release()
-            on_released(frozen.gone)
+            try:
+                await frozen.release()
+            finally:
+                on_released(frozen.gone)
             for line in await frozen.discard():
                 log.debug("%s", line)
         raise
+    async with _watched(frozen, on_released):
+        yield frozen
+
+
+@contextlib.asynccontextmanager
+async def resume(
+    domain: LibvirtDomain,
+    plans: Sequence[DiskPlan],
+    rundir: RunDir,
+    checkpoints: Checkpoints,
+    on_lost: OnLost,
+    *,
+    record: Unfinished,
+    on_released: Callable[[bool], None],
+) -> AsyncIterator[LibvirtPointInTime]:
+    """Go on at the point in time of a run that died: as `freeze`, with the job that was seen to be its."""
+    frozen = LibvirtPointInTime(domain, plans, rundir, checkpoints, on_lost)
+    frozen.attach(record)
+    async with _watched(frozen, on_released):
+        yield frozen
+
+
+@contextlib.asynccontextmanager
+async def _watched(
+    frozen: LibvirtPointInTime, on_released: Callable[[bool], None]
+) -> AsyncIterator[None]:
     guard, job = frozen._guard.watch(), frozen.watch()  # noqa: SLF001
     watchers = [asyncio.create_task(guard, name="scratch-space")]
     watchers.append(asyncio.create_task(job, name="libvirt-job"))
     try:
-        yield frozen
+        yield
     finally:
         for watcher in watchers:
             watcher.cancel()
-        await frozen.release()
-        on_released(frozen.gone)
+        try:
+            await frozen.release()
+        finally:
+            on_released(frozen.gone)
         await asyncio.wait(watchers)

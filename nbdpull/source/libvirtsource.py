@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final
 
-from nbdpull.errors import Error, SourceError, UsageError
+from nbdpull.errors import Error, LibvirtError
 from nbdpull.model.chain import BitmapState
-from nbdpull.model.outcomes import Finding, FindingKind
-from nbdpull.source.address import ImageAddress
+from nbdpull.model.outcomes import Finding
 from nbdpull.source.base import (
     GRANULARITY,
+    CannotGoOnError,
     Committed,
     Disk,
     DiskPlan,
-    Known,
     LiveRun,
     OnLost,
     PointInTime,
@@ -31,38 +29,28 @@ from nbdpull.source.disks import refuse_iothread
 from nbdpull.source.domainxml import (
     DomainDefinition,
     DomainDisk,
-    job_socket,
     parse_domain,
     sound_disks,
 )
 from nbdpull.source.fleecing import QemuOptions
 from nbdpull.source.libvirtapi import LibvirtDomain
-from nbdpull.source.libvirtjob import Checkpoints, end_job, freeze, remove_checkpoint
+from nbdpull.source.libvirtcheckpoints import Checkpoints, remove_checkpoint
+from nbdpull.source.libvirtjob import (
+    LibvirtPointInTime,
+    end_job,
+    freeze,
+    resume,
+)
+from nbdpull.source.libvirtruns import label, make_rundir, runs_of
+from nbdpull.source.libvirttakeover import check_whole, find_unfinished
 from nbdpull.source.names import checkpoint_parts
-from nbdpull.source.offline import OfflineSource
 from nbdpull.source.recalling import recall_checkpoints
-from nbdpull.source.rundir import FoundRun, RunDir, find_run, find_runs
+from nbdpull.source.recorder import kept_files
+from nbdpull.source.rundir import FoundRun, RunDir
+from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import whole
 
-__all__ = ["DomainSource", "ShutDownDomain"]
-
-_SOCKET: Final = "nbd.sock"
-_LEAST: Final = 64 << 20
-
-
-def _label(domain: LibvirtDomain) -> str:
-    """What a run's folder says of its source: whichever way the domain was named."""
-    return f"libvirt:{domain.uuid}"
-
-
-def _run_of(folder: Path) -> str | None:
-    name = folder.name.removeprefix("nbdpull-")
-    ours = (
-        folder.name.startswith("nbdpull-")
-        and len(name) == 8
-        and set(name) <= set("0123456789abcdef")
-    )
-    return name if ours else None
+__all__ = ["DomainSource"]
 
 
 class DomainSource:
@@ -81,6 +69,7 @@ class DomainSource:
         self._definition: DomainDefinition | None = None
         self._sound: dict[str, Mapping[str, int]] = {}
         self._rundirs: list[RunDir] = []
+        self._unfinished: FoundRun | None = None
 
     async def vm_name(self) -> tuple[str, str | None]:
         """See `Source.vm_name`."""
@@ -95,20 +84,39 @@ class DomainSource:
 
     async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
         """See `Source.sweep`."""
+        return await self._sweep(committed, force=force, spare=None)
+
+    async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
+        """See `Resumable.sweep_others`."""
+        return await self._sweep(committed, force=False, spare=spared.run)
+
+    async def _sweep(self, committed: Committed, *, force: bool, spare: str | None) -> Swept:
         swept = Swept()
-        for run, folder, socket in await self._runs():
+        for run, folder, socket in await runs_of(self._domain, self._options.scratch):
+            if run == spare:
+                continue
             if folder is not None and folder.alive and not force:
                 swept.live.append(LiveRun(run=run, chain=folder.chain, pid=folder.pid))
                 swept.kept.append(
                     f"run {run}: {swept.live[-1].who} still works on it (end it first, or use --force)"
                 )
                 continue
+            waits = False
+            if socket is not None and folder is not None and await whole(folder.full):
+                # Not a guest that waits for room on its own disk: see decision 0082.
+                waits = await whole(self._domain.paused_by_error)
             if socket is not None and await end_job(self._domain, socket):
                 swept.removed.append(f"backup job of run {run}")
             await self._remove_pending(run, committed, swept)
             if folder is not None:
                 await asyncio.to_thread(folder.remove)
                 swept.removed.append(f"scratch folder of run {run}")
+            if waits:
+                # With the job gone the write that found no room succeeds.
+                await whole(self._domain.resume)
+                swept.removed.append(
+                    f"pause of the guest, which found no room in the scratch of run {run}"
+                )
         return swept
 
     async def _remove_pending(self, run: str, committed: Committed, swept: Swept) -> None:
@@ -123,28 +131,21 @@ class DomainSource:
             except Error as exc:
                 swept.kept.append(f"checkpoint {name}: {exc}")
 
-    async def _runs(self) -> list[tuple[str, FoundRun | None, str | None]]:
-        """Runs that left something: id, folder, and the socket of the backup job where that is theirs.
+    # -- going on ----------------------------------------------------------------------------------
 
-        A job is a run's when its socket is in a folder of a run's name, which this user or root made, or which
-        is no more. A folder of that name that somebody else made is somebody else's run.
-        """
-        folders = await asyncio.to_thread(lambda: list(find_runs(self._options.scratch)))
-        label = _label(self._domain)
-        runs: dict[str, tuple[FoundRun | None, str | None]] = {
-            folder.path.name.removeprefix("nbdpull-"): (folder, None)
-            for folder in folders
-            if folder.source == label
-        }
-        job = await whole(self._domain.job)
-        socket = None if job is None else job_socket(job)
-        if socket is not None and Path(socket).name == _SOCKET:
-            path = Path(socket).parent
-            run = _run_of(path)
-            found, there = await asyncio.to_thread(lambda: (find_run(path), os.path.lexists(path)))
-            if run is not None and (found is not None or not there):
-                runs[run] = (found, socket)
-        return [(run, *runs[run]) for run in sorted(runs)]
+    async def unfinished(self, chain: str) -> Unfinished | None:
+        """See `Resumable.unfinished`."""
+        runs = [
+            (run, folder, socket)
+            for run, folder, socket in await runs_of(self._domain, self._options.scratch)
+            if folder is not None and folder.chain == chain
+        ]
+        self._unfinished = runs[0][1] if runs else None
+        return await find_unfinished(runs, chain, quiesced=self._options.quiesce)
+
+    async def kept_files(self, record: Unfinished) -> bytes | None:
+        """See `Resumable.kept_files`."""
+        return await kept_files(self._unfinished, record)
 
     # -- disks -------------------------------------------------------------------------------------
 
@@ -209,176 +210,100 @@ class DomainSource:
         """See `Source.machine`: the domain's XML, which libvirt gives without passwords."""
         return "domain.xml", (await whole(self._domain.xml)).encode()
 
-    # -- doctor ------------------------------------------------------------------------------------
-
     async def examine(self) -> Sequence[Finding]:
         """See `Source.examine`."""
-        findings = []
+        from nbdpull.source.libvirtcheckup import examine  # noqa: PLC0415 - no backup asks for it
 
-        def add(kind: FindingKind, subject: str, text: str) -> None:
-            findings.append(Finding(kind=kind, subject=subject, text=text))
-
-        definition = await self._define()
-        add(FindingKind.OK, "domain", f"{self._domain.name} runs, at {self._domain.address}")
-        if await whole(self._domain.paused_by_error):
-            add(FindingKind.PROBLEM, "guest", "is paused by a write that failed: mend that first")
-        for skip in definition.skipped:
-            add(FindingKind.OK, f"drive {skip.name}", f"is not backed up: {skip.reason}")
-        if not definition.disks:
-            add(FindingKind.PROBLEM, "disks", "there is none to back up")
-        for disk in definition.disks:
-            try:
-                await self._check_iothreads_of(disk)
-            except SourceError as exc:
-                add(FindingKind.PROBLEM, f"disk {disk.target}", str(exc))
-                continue
-            if disk.format == "qcow2":
-                add(FindingKind.OK, f"disk {disk.target}", "is qcow2, keeps checkpoints")
-            else:
-                text = f"is {disk.format}, on which libvirt keeps no checkpoints: read in full each time"
-                add(FindingKind.WARNING, f"disk {disk.target}", text)
-        findings += await self._examine_jobs()
-        findings += await self._examine_scratch(definition)
-        return findings
-
-    async def _check_iothreads_of(self, disk: DomainDisk) -> None:
-        if disk.iothread is not None:
-            refuse_iothread(disk.target, disk.iothread, await whole(self._domain.version))
-
-    async def _examine_jobs(self) -> list[Finding]:
-        findings = []
-        runs = await self._runs()
-        for run, folder, _ in runs:
-            text = f"run {run} is dead: the next backup removes what it left, and so does 'nbdpull cleanup'"
-            if folder is not None and folder.alive:
-                text = f"process {folder.pid} backs this domain up right now, for run {run}"
-            findings.append(Finding(kind=FindingKind.WARNING, subject="other runs", text=text))
-        job = await whole(self._domain.job)
-        if job is not None and not any(socket for _, _, socket in runs):
-            text = "another tool's backup job runs, and libvirt allows one a domain: wait for it"
-            findings.append(Finding(kind=FindingKind.PROBLEM, subject="backup job", text=text))
-        if not findings:
-            text = "none, and nothing is left of earlier ones"
-            findings.append(Finding(kind=FindingKind.OK, subject="other runs", text=text))
-        return findings
-
-    async def _examine_scratch(self, definition: DomainDefinition) -> list[Finding]:
-        try:
-            rundir = self._make_rundir(RunInfo(run=os.urandom(4).hex(), chain=""), definition)
-        except Error as exc:
-            return [Finding(kind=FindingKind.PROBLEM, subject="scratch", text=str(exc))]
-        try:
-            free, _ = rundir.room()
-        finally:
-            rundir.close()
-        text = f"{rundir.path.parent} has {free} bytes free; whether QEMU may use it, only a backup shows"
-        kind = FindingKind.OK if free >= _LEAST else FindingKind.WARNING
-        return [Finding(kind=kind, subject="scratch", text=text)]
+        return await examine(self._domain, await self._define(), self._options.scratch)
 
     # -- the point in time -------------------------------------------------------------------------
-
-    def _make_rundir(self, info: RunInfo, definition: DomainDefinition) -> RunDir:
-        owner = definition.owner
-        if owner is not None and os.geteuid() not in {0, owner[0]}:
-            raise SourceError(
-                f"the QEMU of domain '{self._domain.name}' runs as user {owner[0]}, which can't use a folder"
-                f" of user {os.geteuid()}; run nbdpull as root, or as that user"
-            )
-        return RunDir.create(
-            self._options.scratch,
-            info.run,
-            source=_label(self._domain),
-            chain=info.chain,
-            owner=owner,
-        )
 
     @asynccontextmanager
     async def freeze(
         self, info: RunInfo, plans: Sequence[DiskPlan], on_lost: OnLost
     ) -> AsyncIterator[PointInTime]:
         """See `Source.freeze`."""
-        definition = await self._define()
         # Not in a thread: what a cancelled call had made there, nobody would remove.
-        rundir = self._make_rundir(info, definition)
+        rundir = make_rundir(self._domain, await self._define(), info, self._options.scratch)
         self._rundirs.append(rundir)
-        checkpoints = Checkpoints(
-            targets=[disk.target for disk in definition.disks]
-            + [one.name for one in definition.skipped],
-            sound=self._sound,
-            chain=info.chain,
-        )
-
-        def released(gone: bool) -> None:  # noqa: FBT001 - a callback's one argument
-            # QEMU may still use what it was not seen to let go; 'cleanup' finds the folder.
-            if not gone:
-                rundir.keep()
-
         try:
             async with freeze(
                 self._domain,
                 plans,
                 rundir,
-                checkpoints,
+                await self._checkpoints(info.chain),
                 on_lost,
                 quiesce=self._options.quiesce,
-                on_released=released,
+                on_released=partial(_released, rundir),
             ) as frozen:
                 yield frozen
         finally:
             await whole(rundir.remove_scratch)
 
-    async def close(self) -> None:
-        """Let the runs' folders and the connection go: until its checkpoints are confirmed a run lives."""
-        for rundir in self._rundirs:
-            await whole(rundir.close)
-        await whole(self._domain.close)
+    async def _checkpoints(self, chain: str) -> Checkpoints:
+        definition = await self._define()
+        return Checkpoints(
+            targets=[disk.target for disk in definition.disks]
+            + [one.name for one in definition.skipped],
+            sound=self._sound,
+            chain=chain,
+        )
 
-
-class ShutDownDomain(OfflineSource):
-    """See `Source`: a domain that does not run. Its images are backed up as with ``disk:``.
-
-    Checkpoints that are made in the images meanwhile are told to libvirt when it runs again.
-    """
-
-    def __init__(self, domain: LibvirtDomain, options: QemuOptions, known: Known) -> None:
-        """Find its images.
-
-        Raises:
-            UsageError: what is asked for needs a domain that runs.
-            SourceError: a disk is no file or block device of this machine.
-        """
-        if options.quiesce:
-            raise UsageError(
-                f"domain '{domain.name}' does not run, so --quiesce has nothing to freeze; leave it out"
+    @asynccontextmanager
+    async def resume(
+        self, record: Unfinished, plans: Sequence[DiskPlan], on_lost: OnLost
+    ) -> AsyncIterator[LibvirtPointInTime]:
+        """See `Resumable.resume`."""
+        folder = self._unfinished
+        if folder is None:
+            raise CannotGoOnError("its scratch folder was not looked for")
+        checkpoints = await self._checkpoints(record.chain)
+        taken: list[RunDir] = []
+        holding = False
+        try:
+            # Noted in the thread: it is let go also when this was cancelled meanwhile.
+            await whole(lambda: taken.append(self._take_over(record, folder.path)))
+            rundir = taken[0]
+            await check_whole(self._domain, plans, rundir, self._sound)
+            resuming = resume(
+                self._domain,
+                plans,
+                rundir,
+                checkpoints,
+                on_lost,
+                record=record,
+                on_released=partial(_released, rundir),
             )
-        images = []
-        for disk in parse_domain(domain.xml()).disks:
-            if disk.path is None:
-                raise SourceError(
-                    f"domain '{domain.name}' does not run, and its disk '{disk.target}' is no file or device"
-                    " of this machine; start it to back it up"
-                )
-            images.append(ImageAddress(path=disk.path, format=disk.format, name=disk.target))
-        if not images:
-            raise UsageError(f"domain '{domain.name}' has no disk to back up")
-        super().__init__(images, scratch=options.scratch, known=known)
-        self._domain = domain
-        self._runs_in = options.scratch
+            async with resuming as frozen:
+                self._rundirs.append(rundir)
+                holding = True
+                yield frozen
+        except BaseException as exc:
+            if not holding:
+                for one in taken:
+                    await whole(one.leave)
+                if isinstance(exc, Error) and not isinstance(exc, LibvirtError):
+                    raise CannotGoOnError(str(exc)) from exc
+            raise
+        finally:
+            if holding:
+                await whole(taken[0].remove_scratch)
 
-    async def vm_name(self) -> tuple[str, str | None]:
-        """See `Source.vm_name`."""
-        return self._domain.name, None
+    def _take_over(self, record: Unfinished, path: Path) -> RunDir:
+        return RunDir.take_over(path, source=label(self._domain), chain=record.chain)
 
-    async def sweep(self, committed: Committed, *, force: bool = False) -> Swept:
-        """See `Source.sweep`; a job has ended with its QEMU, and only its folder can be left."""
-        swept = await super().sweep(committed, force=force)
-        for folder in await asyncio.to_thread(lambda: list(find_runs(self._runs_in))):
-            if folder.source == _label(self._domain) and not folder.alive:
-                await asyncio.to_thread(folder.remove)
-                swept.removed.append(f"scratch folder {folder.path}")
-        return swept
+    async def end_runs(self) -> None:
+        """See `Resumable.end_runs`: until its checkpoints are confirmed a run lives."""
+        while self._rundirs:
+            await whole(self._rundirs.pop().close)
 
     async def close(self) -> None:
-        """See `OfflineSource.close`."""
-        await super().close()
+        """Let the runs' folders and the connection go."""
+        await self.end_runs()
         await whole(self._domain.close)
+
+
+def _released(rundir: RunDir, gone: bool) -> None:  # noqa: FBT001 - a callback's one argument
+    # QEMU may still use what it was not seen to let go; 'cleanup' finds the folder.
+    if not gone:
+        rundir.keep()

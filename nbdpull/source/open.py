@@ -30,7 +30,8 @@ from nbdpull.source.whole import whole
 
 if TYPE_CHECKING:
     from nbdpull.source.libvirtapi import LibvirtDomain
-    from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
+    from nbdpull.source.libvirtoffline import ShutDownDomain
+    from nbdpull.source.libvirtsource import DomainSource
 
 __all__ = ["check_source", "open_source"]
 
@@ -206,7 +207,8 @@ async def open_source(
 async def _of_domain(
     domain: LibvirtDomain, qemu: QemuOptions, known: Known, recall: Recall
 ) -> DomainSource | ShutDownDomain:
-    from nbdpull.source.libvirtsource import DomainSource, ShutDownDomain
+    from nbdpull.source.libvirtoffline import ShutDownDomain
+    from nbdpull.source.libvirtsource import DomainSource
 
     if await whole(domain.active):
         return DomainSource(domain, qemu, recall)

@@ -39,6 +39,7 @@ from nbdpull.source.names import RunNames
 from nbdpull.source.place import HERE, Place, RunFolder
 from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
+from nbdpull.source.recorder import kept_files
 from nbdpull.source.rundir import FoundRun
 from nbdpull.source.takeover import check_whole, find_unfinished
 from nbdpull.source.unfinished import Unfinished
@@ -131,12 +132,7 @@ class QemuSource:
 
     async def kept_files(self, record: Unfinished) -> bytes | None:
         """See `Resumable.kept_files`."""
-        if self._unfinished is None or record.machine is None:
-            return None
-        try:
-            return await whole(self._unfinished.machine, record.machine)
-        except ValueError as exc:
-            raise CannotGoOnError(str(exc)) from exc
+        return await kept_files(self._unfinished, record)
 
     async def sweep_others(self, committed: Committed, spared: Unfinished) -> Swept:
         """See `Resumable.sweep_others`."""

@@ -39,11 +39,14 @@ from nbdpull.model.archive import ARCHIVE_MAX
 from nbdpull.source.journal import FileHere, Journal
 from nbdpull.source.unfinished import RECORD_MAX, Unfinished
 
-__all__ = ["SOCKET_PATH_MAX", "FoundRun", "RunDir", "find_run", "find_runs"]
+__all__ = ["FULL", "SOCKET_PATH_MAX", "FoundRun", "RunDir", "find_run", "find_runs"]
 
 # sun_path of Linux is 108 bytes with its closing NUL, see unix(7).
 SOCKET_PATH_MAX: Final = 107
 """Bytes."""
+
+FULL: Final = 1 << 20
+"""Bytes of room below which scratch may be too small for the next write of a guest: QEMU copies 64 KiB at a time."""
 
 _RUN_JSON_MAX: Final = 64 * 1024
 _PACE_S: Final = 0.05
@@ -348,6 +351,13 @@ class FoundRun:
     source: str | None
     chain: str | None
     pid: int | None
+
+    def full(self) -> bool:
+        """Whether a guest can wait for room in its scratch; no where that can't be seen."""
+        with suppress(OSError):
+            state = os.statvfs(self.path)
+            return state.f_bavail * state.f_frsize < FULL
+        return False
 
     def remove(self) -> None:
         """Remove what is left of it."""

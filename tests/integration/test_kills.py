@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -28,9 +28,16 @@ from tests.support.vm import QemuProcess, StorageDaemon, Vm
 MIB = 1 << 20
 
 
+class HasUri(Protocol):
+    """What a backup is taken of."""
+
+    @property
+    def uri(self) -> str: ...
+
+
 @contextmanager
 def running_backup(
-    vm: QemuProcess, keeper: Keeper, *options: str, source: str | None = None
+    vm: HasUri, keeper: Keeper, *options: str, source: str | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A backup by the command line, in the middle of its pull."""
     command = [sys.executable, "-m", "nbdpull", "backup", source or vm.uri]

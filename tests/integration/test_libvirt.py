@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import pytest
 
 import nbdpull
 from nbdpull import FindingKind, Level
+from nbdpull.source import libvirtjob
 from tests.integration.conftest import Keeper
 from tests.support.disk import Disk, compare, create_disk, to_raw
 from tests.support.libvirtd import Domain, Libvirtd
@@ -83,6 +85,13 @@ def clean(keeper: Keeper, domain: Domain, *checkpoints: str) -> None:
 
 def checkpoint(domain: Domain, result: nbdpull.BackupResult) -> str:
     return next(name for name in domain.checkpoints() if name.endswith(result.backup))
+
+
+def abort(domain: Domain) -> None:
+    """End the backup job, whosever it is."""
+    domain.handle.abortJob()
+    while domain.job() is not None:
+        time.sleep(0.02)
 
 
 def foreign_backup(domain: Domain, folder: Path) -> None:
@@ -350,7 +359,8 @@ def test_disks_that_have_changed_their_images_are_read_in_full(
     domain.disks = [replace(first, path=second.path), replace(second, path=first.path)]
     domain.define()
     domain.start()
-    after = keeper.backup(domain.uri)
+    # The audit would find it out as well, perhaps.
+    after = keeper.backup(domain.uri, audit=0)
     assert levels(after) == {"vda": Level.FULL, "vdb": Level.FULL}
     restores(keeper, domain, after)
 
@@ -416,10 +426,32 @@ def test_what_a_killed_client_left_is_removed(keeper: Keeper, domain: Domain, by
         assert "checkpoint nbdpull-" in removed
         clean(keeper, domain, name)
         assert keeper.cleanup(domain.uri).removed == ()
-    after = keeper.backup(domain.uri)
+    # That it may go on where the dead one was is another matter, see test_libvirt_resume.
+    after = keeper.backup(domain.uri, resume_within_s=0)
     assert levels(after) == {"vda": Level.INCREMENTAL, "vdb": Level.INCREMENTAL}
     restores(keeper, domain, after)
     clean(keeper, domain, name, checkpoint(domain, after))
+
+
+def test_a_job_that_ends_with_the_last_read_is_noticed(
+    keeper: Keeper, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once QEMU's job is gone, and until libvirt stops its server, an export shows the disk of now."""
+    name = checkpoint(domain, keeper.backup(domain.uri))
+    domain.write("vda", "write -P 5 1M 64k")
+    end_job = libvirtjob.end_job
+
+    async def ended_before(found: Any, socket: str) -> bool:
+        await asyncio.to_thread(abort, domain)
+        return await end_job(found, socket)
+
+    monkeypatch.setattr(libvirtjob, "end_job", ended_before)
+    with pytest.raises(nbdpull.PointInTimeLostError, match="ended before its disks were read"):
+        keeper.backup(domain.uri)
+    monkeypatch.undo()
+    assert len(nbdpull.list_backups(keeper.repository)) == 1
+    clean(keeper, domain, name)
+    restores(keeper, domain, keeper.backup(domain.uri))
 
 
 def test_a_run_that_lives_is_left_alone(keeper: Keeper, domain: Domain) -> None:
@@ -466,9 +498,7 @@ def test_another_tools_job_is_told_and_left_alone(
     job = domain.job()
     assert job is not None
     assert "other.sock" in job
-    domain.handle.abortJob()
-    while domain.job() is not None:
-        time.sleep(0.02)
+    abort(domain)
     clean(keeper, domain, name)
 
 

@@ -17,9 +17,9 @@ import pytest
 import nbdpull
 from nbdpull import Level
 from tests.integration.conftest import Keeper
-from tests.integration.test_kills import noisy, running_backup
+from tests.integration.test_kills import HasUri, noisy, running_backup
 from tests.support.bootwriter import BootWriter
-from tests.support.disk import MIB, Disk, compare
+from tests.support.disk import MIB, Disk, compare, create_disk
 from tests.support.process import run
 from tests.support.tools import QEMU_72, QemuTools
 from tests.support.vm import StorageDaemon, Vm
@@ -42,9 +42,7 @@ def packs(keeper: Keeper) -> int:
     return sum(1 for path in files if path.is_file())
 
 
-def kill_in_the_middle(
-    vm: Vm | StorageDaemon, keeper: Keeper, *options: str, stored: int = 2
-) -> None:
+def kill_in_the_middle(vm: HasUri, keeper: Keeper, *options: str, stored: int = 2) -> None:
     """Kill a client that has made some packs durable."""
     there = packs(keeper)
     with running_backup(vm, keeper, *SLOWLY, *options) as client:
@@ -270,6 +268,34 @@ def test_a_scratch_that_failed_meanwhile_leads_to_a_new_point_in_time(
             check(keeper, result, truth, qemu_tools)
     finally:
         run(["umount", small])
+
+
+def test_a_guest_that_waits_for_room_in_the_scratch_of_a_dead_run_goes_on(
+    qemu_tools: QemuTools, keeper: Keeper, small: Path, tmp_path: Path
+) -> None:
+    disks = [create_disk(tmp_path, name, tools=qemu_tools) for name in ("vda", "vdb")]
+    told: list[str] = []
+    with Vm(disks, tools=qemu_tools, writer=BootWriter(pause_us=0)) as vm:
+        with running_backup(vm, keeper, "--rate", "1M", "--scratch", str(small)) as client:
+            client.kill()
+            client.wait()
+        deadline = time.monotonic() + 60
+        while vm.status() != "io-error":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        result = nbdpull.backup(
+            vm.uri,
+            keeper.repository,
+            scratch=small,
+            rate=64 * MIB,
+            progress=lambda event: told.append(event.text or ""),
+        )
+        assert not result.resumed
+        assert any("pause of the guest" in text for text in told)
+        assert vm.status() == "running"
+        vm.wait_written(10)
+        assert not any(vm.leftovers().values())
+        assert list(small.iterdir()) == []
 
 
 def test_a_storage_daemon_holds_a_point_in_time_too(

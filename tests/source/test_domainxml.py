@@ -13,6 +13,7 @@ from nbdpull.source.domainxml import (
     DomainDisk,
     backup_xml,
     checkpoint_xml,
+    job_disks,
     job_socket,
     parse_domain,
     sound_disks,
@@ -166,6 +167,22 @@ def test_a_backup_names_each_disk_and_leaves_nothing_to_libvirts_choice() -> Non
     ]
     scratch = [one.get("file") for one in root.iterfind("./disks/disk/scratch")]
     assert scratch == ["/tmp/a&b/disk0.qcow2", "/tmp/a&b/disk1.qcow2"]
+
+
+def test_the_disks_of_a_job_are_those_that_it_serves_as_was_asked_for() -> None:
+    asked = [
+        BackupDisk(target="vda", scratch="/tmp/disk0.qcow2", incremental="cp-1"),
+        BackupDisk(target="vdb", scratch="/tmp/disk1.qcow2", incremental=None),
+    ]
+    xml = backup_xml("/tmp/nbd.sock", asked, ["vdc"])
+    assert job_disks(xml) == asked
+    assert job_disks(xml.replace('mode="pull"', 'mode="push"')) == []
+    # Under another name, with another bitmap, with none, in another image.
+    assert job_disks(xml.replace('exportname="vdb"', 'exportname="other"')) == asked[:1]
+    assert job_disks(xml.replace('"backup-vda"', '"other"')) == asked[1:]
+    assert job_disks(xml.replace('exportbitmap="backup-vda"', "")) == asked[1:]
+    assert job_disks(xml.replace("/tmp/disk0.qcow2", "/tmp/disk9.qcow2")) != asked
+    assert [one.scratch for one in job_disks(xml.replace("scratch file", "other file"))] == ["", ""]
 
 
 def test_a_job_without_a_unix_socket_has_none() -> None:

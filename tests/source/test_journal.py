@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -170,3 +171,19 @@ def test_a_full_folder_ends_it_silently(tmp_path: Path) -> None:
         part.note(*entry)
     assert not journal.flush()
     journal.close()
+
+
+def test_a_file_that_fails_when_it_is_let_go_is_no_error(tmp_path: Path) -> None:
+    """As one on NFS does when what was written does not fit."""
+
+    class Failing(FileHere):
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    made = entries(5)
+    journal = Journal(Failing(os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT, 0o600)), BACKUP)
+    for entry in made:
+        journal.disk(1, SIZE).note(*entry)
+    journal.close()
+    assert sorted(read(tmp_path / "journal")) == sorted(made)

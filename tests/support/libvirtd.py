@@ -174,6 +174,7 @@ class Domain:
         head: more XML of the domain itself.
         driver: more attributes of each disk's driver.
         boot: XML of what is booted; else the firmware finds nothing.
+        floppy: image of one to boot, which finds the disks in their order.
         memory: MiB.
     """
 
@@ -187,6 +188,7 @@ class Domain:
         head: str = "",
         driver: str = "",
         boot: str = "",
+        floppy: Path | None = None,
         memory: int = 64,
     ) -> None:
         self.libvirtd = libvirtd
@@ -197,6 +199,7 @@ class Domain:
         self._head = head
         self._driver = driver
         self._boot = boot
+        self._floppy = floppy
         self._memory = memory
         self._folder = Path(tempfile.mkdtemp(prefix="np-"))
         self._folder.chmod(0o777)
@@ -216,12 +219,18 @@ class Domain:
 
     def xml(self) -> str:
         """Its definition."""
+        order = 1 if self._floppy is not None else None
         disks = "".join(
-            f"<disk type='file' device='disk'>"
+            f"<disk type='file' device='disk'>{_order(order, number)}"
             f"<driver name='qemu' type='{disk.format}' discard='unmap' {self._driver}/>"
             f"<source file='{disk.path}'/><target dev='{disk.name}' bus='virtio'/></disk>"
-            for disk in self.disks
+            for number, disk in enumerate(self.disks, 1)
         )
+        if self._floppy is not None:
+            disks += (
+                f"<disk type='file' device='floppy'>{_order(order, 0)}<driver name='qemu' type='raw'/>"
+                f"<source file='{self._floppy}'/><target dev='fda' bus='fdc'/><readonly/></disk>"
+            )
         control = f"unix:{self._folder}/control,server=on,wait=off"
         return (
             "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
@@ -312,6 +321,10 @@ class Domain:
     def job(self) -> str | None:
         """The XML of the backup job that runs, if any."""
         return _or_none(self.handle.backupGetXMLDesc)
+
+
+def _order(first: int | None, number: int) -> str:
+    return "" if first is None else f"<boot order='{first + number}'/>"
 
 
 def _or_none(function: Callable[[], _T]) -> _T | None:
