@@ -7,7 +7,7 @@
 
 Batches are handed out in disk order and written whole, so a target that takes bytes in order only
 lets each worker wait for its turn. Each worker has a buffer for one batch, as long as it lasts. What is
-stored is read for about 16 MiB of the disk at a time, which the workers share: a backup's workers took
+stored is read for 8 or 16 MiB of the disk at a time, which the workers share: a backup's workers took
 turns in the pack, so the frames of one batch mostly have those of the next ones between them.
 """
 
@@ -28,7 +28,7 @@ from nbdpull.repo.ranges import RANGE_MAX, Fetched
 from nbdpull.repo.repository import DiskReader
 from nbdpull.target.base import Target
 
-__all__ = ["DiskPush", "push"]
+__all__ = ["FAR", "NEAR", "DiskPush", "push"]
 
 _BATCH_PIECES = 256
 _BATCH_MAX = 4 << 20
@@ -36,8 +36,11 @@ _MEMORY = 8 << 20
 """Bytes of all batches together, unpacked."""
 _MAX_WORKERS = 12
 """The interpreter's lock binds a restore at seven cores (docs/performance.md); more would only take memory."""
-_SHARED = 16 << 20
-"""Bytes of the disk whose frames are read together; two such lots are in memory at a time, mostly."""
+FAR = 16 << 20
+"""Bytes of the disk whose frames are read together from a store where a request costs; two such lots are in memory
+at a time, mostly."""
+NEAR = 8 << 20
+"""The same, from a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ class DiskPush:
         reader: its map and frames in the repository.
         target: where it goes, open.
         meter: its progress.
+        together: bytes of it whose frames are read together; see `FAR` and `NEAR`.
     """
 
     name: str
@@ -57,6 +61,7 @@ class DiskPush:
     reader: DiskReader
     target: Target
     meter: Meter
+    together: int = FAR
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class _Plan:
             for batch in _batches(segment, base, end, self._grains):
                 lot.append(batch)
                 weight += sum(map(_weight, batch))
-                if weight >= _SHARED // GRAIN:
+                if weight >= self._disk.together // GRAIN:
                     yield from self._lot(lot)
                     lot, weight = [], 0
             yield from self._lot(lot)
@@ -168,7 +173,7 @@ class _Push:
         self._cancel = cancel
         self._batch = max(FRAME_MAX, min(_BATCH_MAX, _MEMORY // workers))
         # Each thread's allocator keeps room for the longest that it read.
-        longest = max(FRAME_MAX, _SHARED // workers) + GRAIN
+        longest = max(FRAME_MAX, disk.together // workers) + GRAIN
         self._plan = _Plan(disk, self._batch, min(longest, RANGE_MAX))
 
     def work(self) -> None:

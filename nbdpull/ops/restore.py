@@ -26,8 +26,9 @@ from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.lost import PARTIAL, record_lost
 from nbdpull.ops.machinestate import read_machine
 from nbdpull.ops.meter import Meter
-from nbdpull.ops.push import DiskPush, push
+from nbdpull.ops.push import FAR, NEAR, DiskPush, push
 from nbdpull.ops.threads import in_thread, worker_count
+from nbdpull.repo.location import is_far
 from nbdpull.repo.repository import Backup, DiskReader, Repository
 from nbdpull.target.base import Target
 from nbdpull.target.filename import disk_file_name
@@ -120,6 +121,7 @@ def _restore(
                 reader=reader,
                 target=target,
                 meter=meter,
+                together=FAR if is_far(options.repository) else NEAR,
             )
             written = push(disk, cancel=cancel)
             target.finish()

@@ -15,7 +15,16 @@ from nbdpull.repo.local import LocalStore, folder_call, sync_folder, told
 from nbdpull.repo.probe import LISTED, PROBE
 from nbdpull.repo.store import Store
 
-__all__ = ["CONFIG", "REPLICA", "check_lockable", "lock_store", "new_store", "open_store", "tidy"]
+__all__ = [
+    "CONFIG",
+    "REPLICA",
+    "check_lockable",
+    "is_far",
+    "lock_store",
+    "new_store",
+    "open_store",
+    "tidy",
+]
 
 CONFIG: Final = "nbdpull.json"
 REPLICA: Final = "replica.json"
@@ -40,6 +49,11 @@ def open_store(location: str) -> Store:
 
         return ObjectStore(parse_cloud(location, os.environ))
     return LocalStore(_folder(location))
+
+
+def is_far(location: str) -> bool:
+    """Whether a location is of an object store, where each request costs."""
+    return _scheme(location) in _CLOUDS
 
 
 def tidy(store: Store) -> None:
