@@ -288,15 +288,22 @@ class QemuSource:
         """The folder and the lifeline of a run that died, as this process's own."""
         there = self._monitor.address.there
 
-        def take() -> RunFolder:
-            taken = self._place.take_over(path, source=there, chain=record.chain)
-            self._rundirs.append(taken)
-            return taken
+        taken: list[RunFolder] = []
+
+        def take() -> None:
+            taken.append(self._place.take_over(path, source=there, chain=record.chain))
 
         try:
-            rundir = await whole(take)
+            await whole(take)
         except (InUseError, SourceError) as exc:
             raise CannotGoOnError(str(exc)) from exc
+        except BaseException:
+            # Cancelled meanwhile: it stays as dead as it was.
+            for one in taken:
+                await whole(one.leave)
+            raise
+        rundir = taken[0]
+        self._rundirs.append(rundir)
         name = RunNames(record.run).life(record.chain, server=self._options.nbd_address is None)
         lifeline = Lifeline(self._monitor, name)
         self._lifelines.append(lifeline)

@@ -18,7 +18,13 @@ from nbdpull import Level
 from tests.integration.conftest import Keeper
 from tests.integration.test_kills import noisy, running_backup
 from tests.integration.test_libvirt import abort
-from tests.integration.test_resume import NOISE, check, kill_in_the_middle, read_bytes
+from tests.integration.test_resume import (
+    NOISE,
+    cancelled_at_take_over,
+    check,
+    kill_in_the_middle,
+    read_bytes,
+)
 from tests.support.bootwriter import BootWriter
 from tests.support.disk import MIB, create_disk, to_raw
 from tests.support.libvirtd import Domain, Libvirtd
@@ -292,6 +298,20 @@ def test_a_guest_that_waits_for_room_in_the_scratch_of_a_dead_run_goes_on(
         wait_for_state(domain, libvirt.VIR_DOMAIN_RUNNING)
         assert list(small.iterdir()) == []
         clean(keeper, domain)
+
+
+@ON_72
+def test_who_is_cancelled_as_he_takes_over_leaves_it_to_the_next(
+    keeper: Keeper, domain: Domain, tmp_path: Path
+) -> None:
+    truth = held(domain, tmp_path / "truth")
+    kill_in_the_middle(domain, keeper, stored=1)
+    overwrite(domain)
+    cancelled_at_take_over(keeper, domain.uri)
+    result = keeper.backup(domain.uri)
+    assert result.resumed
+    check(keeper, result, truth, domain.tools)
+    clean(keeper, domain)
 
 
 @ON_72

@@ -16,6 +16,7 @@ import pytest
 
 import nbdpull
 from nbdpull import Level
+from nbdpull.source.rundir import RunDir
 from tests.integration.conftest import Keeper
 from tests.integration.test_kills import HasUri, noisy, running_backup
 from tests.support.bootwriter import BootWriter
@@ -170,6 +171,37 @@ def swept(
     check(keeper, result, {disk.name: truth[disk.name] for disk in result.disks}, tools)
     assert all(len(vm.bitmaps(disk.name)) <= 1 for disk in vm.disks)
     return result, next(text for text in told if "can't be gone on with" in text)
+
+
+def cancelled_at_take_over(keeper: Keeper, uri: str) -> None:
+    """A backup that is cancelled while it takes a dead run's folder over."""
+    take_over = RunDir.take_over
+    with nbdpull.cancellable() as cancel, pytest.MonkeyPatch.context() as patch:
+
+        def take(path: Path, *, source: str, chain: str) -> RunDir:
+            taken = take_over(path, source=source, chain=chain)
+            cancel()
+            time.sleep(0.5)  # the cancellation arrives while this thread is at it
+            return taken
+
+        patch.setattr(RunDir, "take_over", take)
+        with pytest.raises(BaseException) as caught:
+            keeper.backup(uri)
+    assert type(caught.value).__name__ == "CancelledError"
+
+
+@pytest.mark.parametrize("qemu_tools", [QEMU_72], ids=["qemu-7.2"])
+def test_who_is_cancelled_as_he_takes_over_leaves_it_to_the_next(
+    qemu_tools: QemuTools, keeper: Keeper, disks: list[Disk], tmp_path: Path
+) -> None:
+    with Vm(disks, tools=qemu_tools, writer=BootWriter()) as vm:
+        vm.wait_written(5)
+        with frozen_truth(vm, tmp_path / "truth") as truth:
+            kill_in_the_middle(vm, keeper, stored=1)
+        cancelled_at_take_over(keeper, vm.uri)
+        result = keeper.backup(vm.uri)
+        assert result.resumed
+        check(keeper, result, truth, qemu_tools)
 
 
 @pytest.mark.parametrize("qemu_tools", [QEMU_72], ids=["qemu-7.2"])
