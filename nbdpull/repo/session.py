@@ -54,7 +54,7 @@ from nbdpull.repo.alive import KeepAlive
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.stages import Stages
-from nbdpull.repo.store import KeyExistsError, Store, Upload
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store, Upload
 from nbdpull.repo.vault import new_pack_keys
 
 __all__ = ["Session"]
@@ -395,7 +395,13 @@ class Session:
         with self._lock:
             packs = self._pending.pop(number)
         raw, digest = encode_index(self.id, number, packs, self._keys)
-        self._store.create(f"x/{self.id}/{number}", raw)
+        try:
+            self._store.create(f"x/{self.id}/{number}", raw)
+        except KeyExistsError:
+            # Who takes a session over makes what is missing of its indexes.
+            with suppress(KeyMissingError):
+                self._check_mine(self._store.get(self._register, limit=MANIFEST_MAX))
+            raise
         with self._lock:
             self._indexes[number] = digest
             self.stored_bytes += len(raw)
@@ -506,29 +512,42 @@ class Session:
         if self._hold is not None:
             self._hold(manifest)
         raw = manifest.encode(self._keys)
-        key = f"m/{self.disk_id}/{self.id}"
         try:
-            self._store.create(key, raw)
+            self._store.create(self._register, raw)
         except KeyExistsError as exc:
             # A create that was carried out and then failed on the way back looks like this.
-            there = self._store.get(key, limit=MANIFEST_MAX)
-            if register_kind(there) == "revoked":
-                raise RepositoryError(
-                    f"session {self.id} was revoked: it idled so long that its packs may be collected;"
-                    " run the backup again"
-                ) from exc
-            if register_kind(there) == "adopted":
-                raise RepositoryError(
-                    f"session {self.id} was taken over by a later backup of this disk: this one made no"
-                    " object for a day; run the backup again"
-                ) from exc
+            there = self._store.get(self._register, limit=MANIFEST_MAX)
+            self._check_mine(there)
             if there != raw:
                 raise StoreError(
-                    f"{key} holds something else than this session's manifest ({register_kind(there)})"
+                    f"{self._register} holds something else than this session's manifest"
+                    f" ({register_kind(there)})"
                 ) from exc
         self.stored_bytes += len(raw)
         self._alive.stop()
         return manifest
+
+    @property
+    def _register(self) -> str:
+        """The key of its manifest, or of what tells whose the session is now."""
+        return f"m/{self.disk_id}/{self.id}"
+
+    def _check_mine(self, there: bytes) -> None:
+        """See by its register that nobody has taken the session away.
+
+        Raises:
+            RepositoryError: somebody has.
+        """
+        if register_kind(there) == "revoked":
+            raise RepositoryError(
+                f"session {self.id} was revoked: it idled so long that its packs may be collected; run the"
+                " backup again"
+            )
+        if register_kind(there) == "adopted":
+            raise RepositoryError(
+                f"session {self.id} was taken over by a later backup of this disk: this one made no object"
+                " for a day; run the backup again"
+            )
 
     def _manifest(self, summary: Summary) -> Manifest:
         before: tuple[SegmentRef | None, ...] = ()

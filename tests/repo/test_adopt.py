@@ -307,6 +307,26 @@ def test_who_is_known_to_have_idled_for_a_day_is_taken_over_and_can_not_commit(
     check(plain, commit(plain, session))
 
 
+def test_who_is_taken_over_before_he_made_his_index_is_told_so(
+    plain: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for a day, and goes on: the index is there, and is not the one that it would make."""
+    monkeypatch.setattr(alive, "process_token", lambda: "")
+    stopped = plain.begin(vm="vm", disk="vda", parent=None)
+    for _ in range(PACK_SIZE >> 20):
+        stopped.put(os.urandom(1 << 20))
+    while stopped.objects < 1:
+        time.sleep(0.01)
+    age(plain)
+    session = begin(plain)
+    assert session.adopted.packs == 1
+    stopped.put(os.urandom(1 << 20))
+    with pytest.raises(RepositoryError, match="taken over by a later backup"):
+        stopped.seal()
+    stopped.abandon()
+    check(plain, commit(plain, session))
+
+
 def test_of_two_that_want_it_one_gets_it(plain: Repository) -> None:
     old = die(plain)
     both = threading.Barrier(2)
