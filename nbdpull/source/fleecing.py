@@ -50,7 +50,7 @@ from nbdpull.source.place import RunFolder
 from nbdpull.source.presence import check_present
 from nbdpull.source.qmp import Monitor
 from nbdpull.source.quiesce import find_agent, quiesced
-from nbdpull.source.recorder import Recorder
+from nbdpull.source.recorder import Recorded, Recorder
 from nbdpull.source.scratch import Overwritten, ScratchGuard
 from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import finished, whole
@@ -118,7 +118,7 @@ class QemuPlan(DiskPlan):
     disk: QemuDisk
 
 
-class QemuPointInTime:
+class QemuPointInTime(Recorded):
     """See `PointInTime`. Made by `freeze`."""
 
     def __init__(
@@ -497,19 +497,10 @@ class QemuPointInTime:
             server=server_of(self._options),
             port=self._port,
             listens=self._listens,
-            machine=None if machine is None else blake3(machine).hexdigest(),
             pause_s=self._pause_s,
             quiesced=self.quiesced,
         )
         return await self._recorder.keep(record, machine)
-
-    def note_lie(self, disk: str, lie: str) -> None:
-        """See `RecordedPointInTime.note_lie`."""
-        self._recorder.note_lie(disk, lie)
-
-    async def journal(self, backup: str) -> Journal | None:
-        """See `RecordedPointInTime.journal`."""
-        return await self._recorder.journal(backup)
 
     async def _attach(self, uri_of: Callable[[str], str], record: Unfinished) -> None:
         """Take what a run made as this one's own, in the order in which it was made."""

@@ -262,10 +262,12 @@ class _Sweeper:
             self.swept.removed.append(f"scratch folder of run {self.run}")
         if waits:
             # With the filter gone the write that found no room succeeds.
-            await self.monitor.execute("cont")
-            self.swept.removed.append(
-                f"pause of the guest, which found no room in the scratch of run {self.run}"
-            )
+            what = f"pause of the guest, which found no room in the scratch of run {self.run}"
+            problem = await _try(self.monitor, "cont", {})
+            if problem is None:
+                self.swept.removed.append(what)
+            else:
+                self.swept.kept.append(f"{what}: {problem}")
         life = self.found.lives.get(self.run)
         if life is not None:
             # Last: while anything is left, it says that the run is over.

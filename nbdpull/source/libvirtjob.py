@@ -47,7 +47,7 @@ from nbdpull.source.journal import Journal
 from nbdpull.source.libvirtapi import LibvirtDomain
 from nbdpull.source.libvirtcheckpoints import Checkpoints
 from nbdpull.source.quiesce import quiesced
-from nbdpull.source.recorder import Recorder
+from nbdpull.source.recorder import Recorded, Recorder
 from nbdpull.source.rundir import RunDir
 from nbdpull.source.scratch import ScratchGuard
 from nbdpull.source.unfinished import Unfinished
@@ -116,7 +116,7 @@ async def end_job(domain: LibvirtDomain, socket: str) -> bool:
         await asyncio.sleep(_POLL_S)
 
 
-class LibvirtPointInTime:
+class LibvirtPointInTime(Recorded):
     """See `PointInTime`. Made by `freeze` and `resume`."""
 
     def __init__(
@@ -237,21 +237,8 @@ class LibvirtPointInTime:
 
     async def keep_record(self, record: Unfinished, machine: bytes | None) -> Journal | None:
         """See `RecordedPointInTime.keep_record`."""
-        record = replace(
-            record,
-            server=SERVER,
-            machine=None if machine is None else blake3(machine).hexdigest(),
-            quiesced=self.quiesced,
-        )
+        record = replace(record, server=SERVER, quiesced=self.quiesced)
         return await self._recorder.keep(record, machine)
-
-    def note_lie(self, disk: str, lie: str) -> None:
-        """See `RecordedPointInTime.note_lie`."""
-        self._recorder.note_lie(disk, lie)
-
-    async def journal(self, backup: str) -> Journal | None:
-        """See `RecordedPointInTime.journal`."""
-        return await self._recorder.journal(backup)
 
     # -- watching it -------------------------------------------------------------------------------
 

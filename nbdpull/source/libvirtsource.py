@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from nbdpull.errors import Error, LibvirtError
+from nbdpull.errors import Error, InUseError, LibvirtError
 from nbdpull.model.chain import BitmapState
 from nbdpull.model.outcomes import Finding
 from nbdpull.source.base import (
@@ -113,10 +113,12 @@ class DomainSource:
                 swept.removed.append(f"scratch folder of run {run}")
             if waits:
                 # With the job gone the write that found no room succeeds.
-                await whole(self._domain.resume)
-                swept.removed.append(
-                    f"pause of the guest, which found no room in the scratch of run {run}"
-                )
+                what = f"pause of the guest, which found no room in the scratch of run {run}"
+                try:
+                    await whole(self._domain.resume)
+                    swept.removed.append(what)
+                except Error as exc:
+                    swept.kept.append(f"{what}: {exc}")
         return swept
 
     async def _remove_pending(self, run: str, committed: Committed, swept: Swept) -> None:
@@ -282,7 +284,8 @@ class DomainSource:
             if not holding:
                 for one in taken:
                     await whole(one.leave)
-                if isinstance(exc, Error) and not isinstance(exc, LibvirtError):
+                # Of libvirt, or of a domain that is busy: that passes, and the run is not to be swept for it.
+                if isinstance(exc, Error) and not isinstance(exc, (LibvirtError, InUseError)):
                     raise CannotGoOnError(str(exc)) from exc
             raise
         finally:
@@ -290,7 +293,10 @@ class DomainSource:
                 await whole(taken[0].remove_scratch)
 
     def _take_over(self, record: Unfinished, path: Path) -> RunDir:
-        return RunDir.take_over(path, source=label(self._domain), chain=record.chain)
+        try:
+            return RunDir.take_over(path, source=label(self._domain), chain=record.chain)
+        except InUseError as exc:
+            raise CannotGoOnError(str(exc)) from exc
 
     async def end_runs(self) -> None:
         """See `Resumable.end_runs`: until its checkpoints are confirmed a run lives."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from blake3 import blake3
 
 from nbdpull.source.base import CannotGoOnError
 from nbdpull.source.journal import Journal
@@ -12,7 +15,7 @@ from nbdpull.source.rundir import FoundRun
 from nbdpull.source.unfinished import Unfinished
 from nbdpull.source.whole import whole
 
-__all__ = ["Recorder", "kept_files"]
+__all__ = ["Recorded", "Recorder", "kept_files"]
 
 
 class Recorder:
@@ -30,7 +33,9 @@ class Recorder:
         self._stack = AsyncExitStack()
 
     async def keep(self, record: Unfinished, machine: bytes | None) -> Journal | None:
-        """Leave the record, with all that it says, and an archive of files."""
+        """Leave the record, with the digest of an archive of files, and that archive."""
+        if machine is not None:
+            record = replace(record, machine=blake3(machine).hexdigest())
         if not await whole(self._rundir.keep_record, record, machine):
             return None
         self._record = record
@@ -59,6 +64,20 @@ class Recorder:
     async def close(self) -> None:
         """Let the journal go."""
         await self._stack.aclose()
+
+
+class Recorded:
+    """What every `nbdpull.source.base.RecordedPointInTime` does in the same way."""
+
+    _recorder: Recorder
+
+    def note_lie(self, disk: str, lie: str) -> None:
+        """See `RecordedPointInTime.note_lie`."""
+        self._recorder.note_lie(disk, lie)
+
+    async def journal(self, backup: str) -> Journal | None:
+        """See `RecordedPointInTime.journal`."""
+        return await self._recorder.journal(backup)
 
 
 async def kept_files(folder: FoundRun | None, record: Unfinished) -> bytes | None:

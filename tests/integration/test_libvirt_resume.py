@@ -15,6 +15,7 @@ import pytest
 
 import nbdpull
 from nbdpull import Level
+from nbdpull.source.libvirtapi import LibvirtDomain
 from tests.integration.conftest import Keeper
 from tests.integration.test_kills import noisy, running_backup
 from tests.integration.test_libvirt import abort
@@ -298,6 +299,26 @@ def test_a_guest_that_waits_for_room_in_the_scratch_of_a_dead_run_goes_on(
         wait_for_state(domain, libvirt.VIR_DOMAIN_RUNNING)
         assert list(small.iterdir()) == []
         clean(keeper, domain)
+
+
+@ON_72
+@pytest.mark.parametrize("name", ["block_size", "paused_by_error"])
+def test_a_libvirt_that_fails_sweeps_nothing(
+    keeper: Keeper, domain: Domain, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """While the plan is made anew, and while the job is looked at."""
+    kill_in_the_middle(domain, keeper, stored=1)
+
+    def fail(*_: Any) -> Any:
+        raise nbdpull.LibvirtError("libvirt is away", code=0)
+
+    monkeypatch.setattr(LibvirtDomain, name, fail)
+    with pytest.raises(nbdpull.LibvirtError, match="is away"):
+        keeper.backup(domain.uri)
+    monkeypatch.undo()
+    assert domain.job() is not None
+    assert keeper.backup(domain.uri).resumed
+    clean(keeper, domain)
 
 
 @ON_72
