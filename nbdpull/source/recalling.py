@@ -33,7 +33,7 @@ def recall_checkpoints(
     Args:
         domain: that runs.
         lost: what the repository has of the VM, newest first.
-        known: by the name of each that libvirt has, the disks on which it is sound.
+        known: by the name of each that libvirt has, the disks on which it is sound, if any.
         targets: the domain's disks that keep checkpoints.
 
     Returns:
@@ -61,11 +61,12 @@ def _recall_chain(
     for one in chain[:_TRIED]:
         if known.get(one.name):
             break
-        if _recall(domain, one, targets):
+        # One that libvirt has, and that is sound nowhere, is not lost: told again it would get the images of now.
+        if one.name not in known and _recall(domain, one, targets):
             found = True
             break
     full = next((one for one in chain if one.full), None)
-    if full is not None and not known.get(full.name):
+    if full is not None and full.name not in known:
         found |= _recall(domain, full, targets)
     return found
 
