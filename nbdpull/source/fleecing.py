@@ -119,7 +119,7 @@ class QemuPlan(DiskPlan):
 
 
 class QemuPointInTime(Recorded):
-    """See `PointInTime`. Made by `freeze`."""
+    """See `PointInTime`. Made by `freeze` and `resume`."""
 
     def __init__(
         self,

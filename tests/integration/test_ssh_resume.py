@@ -444,3 +444,19 @@ def test_nothing_is_left_on_record_of_what_needs_more_than_the_record_there(tmp_
         with pytest.raises(ValueError, match="over ssh"):
             found.machine("0" * 64)
         made.close()
+
+
+@pytest.mark.usefixtures("server")
+def test_whether_a_guest_can_wait_for_room_is_seen_here_and_there(small: Path) -> None:
+    with linked() as link:
+        made = Elsewhere(link).create(
+            str(small), RUN, source="qmp:/q", chain="c", owner=None, sizes=[MIB]
+        )
+        found = [Elsewhere(link).find(made.path), find_run(made.path)]
+        assert [one is not None and one.full() for one in found] == [False, False]
+        state = os.statvfs(small)
+        (small / "rest").write_bytes(bytes(state.f_bavail * state.f_frsize - MIB // 2))
+        assert [one is not None and one.full() for one in found] == [True, True]
+        made.close()
+        # What can't be seen is not called full.
+        assert [one is not None and one.full() for one in found] == [False, False]
