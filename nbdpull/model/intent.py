@@ -26,12 +26,13 @@ _CHECK_DIGITS: Final = 16
 _CHECK_SIZE: Final = len(_CHECK.format("0" * _CHECK_DIGITS))
 
 
-def checked_intent(raw: bytes) -> bytes:
-    """A JSON object with, as its last member, what tells that not one of its bytes is another.
+def checked_intent(raw: bytes, session: str) -> bytes:
+    """A JSON object with, as its last member, what tells that it is this session's, to the last byte.
 
-    A collector that believed a pin in which a digit has flipped would delete what the right one spares.
+    A collector that believed a pin in which a digit has flipped, or the intent of another session in the
+    place of this one's, would delete what the right one spares.
     """
-    digest = blake3(raw).hexdigest()[:_CHECK_DIGITS]
+    digest = blake3(session.encode() + raw).hexdigest()[:_CHECK_DIGITS]
     return raw.removesuffix(b"}") + _CHECK.format(digest).encode()
 
 
@@ -79,8 +80,8 @@ class Intent:
     adopts: tuple[Adopts, ...] = ()
     process: str = ""
 
-    def encode(self) -> bytes:
-        """The object's bytes."""
+    def encode(self, session: str) -> bytes:
+        """The bytes of the object `s/<session>`."""
         fields: dict[str, object] = {
             "role": self.role,
             "disk": self.disk,
@@ -100,18 +101,18 @@ class Intent:
                 {"session": one.session} | ({} if one.keys is None else {"keys": one.keys.hex()})
                 for one in self.adopts
             ]
-        return checked_intent(json.dumps(fields).encode())
+        return checked_intent(json.dumps(fields).encode(), session)
 
     @classmethod
-    def decode(cls, raw: bytes) -> Intent:
+    def decode(cls, raw: bytes, session: str) -> Intent:
         """The opposite of `encode`. Keys that it does not know are passed over.
 
         Raises:
-            FormatError: it was never written by `encode`.
+            FormatError: it was never written by `encode`, or for another session.
         """
         body = raw[:-_CHECK_SIZE] + b"}"
-        if checked_intent(body) != raw:
-            raise FormatError("it does not hash to what it says itself")
+        if checked_intent(body, session) != raw:
+            raise FormatError("it does not hash to what it says itself, as the intent of this session")
         try:
             fields: Any = json.loads(body)
         except (ValueError, RecursionError) as exc:

@@ -149,7 +149,7 @@ class Adoption:
     def _dead(self, sid: SessionId, made: float) -> Intent | None:
         """The intent of a session of this disk that is known to have died."""
         try:
-            intent = Intent.decode(self._store.get(f"s/{sid}", limit=INTENT_MAX))
+            intent = Intent.decode(self._store.get(f"s/{sid}", limit=INTENT_MAX), sid)
         except (KeyMissingError, FormatError):
             return None
         if intent.role != "backup" or intent.disk != self._disk:

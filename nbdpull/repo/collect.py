@@ -237,7 +237,7 @@ class Collector:
             return None
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         intent = Intent(role="gc", disk="", host=self._host, time=time.time())
-        self._store.create(f"s/{sid}", intent.encode())
+        self._store.create(f"s/{sid}", intent.encode(sid))
         self._now = self._store.stat(f"s/{sid}").modified
         return f"s/{sid}"
 
@@ -347,7 +347,8 @@ class Collector:
 
     def _intent(self, listed: Listed) -> Intent | None:
         try:
-            return Intent.decode(self._store.get(listed.key, limit=INTENT_MAX))
+            raw = self._store.get(listed.key, limit=INTENT_MAX)
+            return Intent.decode(raw, listed.key.partition("/")[2])
         except KeyMissingError:
             return None  # ended: its register is there, and is listed after this
         except FormatError as exc:

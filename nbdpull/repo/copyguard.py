@@ -46,7 +46,7 @@ class CopyGuard:
         self._target = target
         self._own = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         intent = Intent(role="copy", disk=_NOBODY, brings=tuple(sorted(sids)), time=time.time())
-        target.create(f"s/{self._own}", intent.encode())
+        target.create(f"s/{self._own}", intent.encode(self._own))
         self._alive = KeepAlive(target, self._own)
         try:
             _check_collectors(target)
@@ -97,7 +97,9 @@ def check_revoked(target: Store) -> None:
 def _check_collectors(target: Store) -> None:
     for listed in list(target.list("s")):
         try:
-            intent = Intent.decode(target.get(listed.key, limit=INTENT_MAX))
+            intent = Intent.decode(
+                target.get(listed.key, limit=INTENT_MAX), listed.key.partition("/")[2]
+            )
         except (KeyMissingError, FormatError):
             continue
         if intent.role == "gc":

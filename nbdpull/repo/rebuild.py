@@ -179,4 +179,4 @@ def _envelopes(store: Store, sid: SessionId, number: int) -> Iterator[bytes]:
             with suppress(KeyMissingError, FormatError):
                 yield manifest_envelope(store.get_range(listed.key, 0, HEAD_SIZE + ENVELOPE_MAX))
     with suppress(KeyMissingError, FormatError):
-        yield Intent.decode(store.get(f"s/{sid}", limit=INTENT_MAX)).keys or b""
+        yield Intent.decode(store.get(f"s/{sid}", limit=INTENT_MAX), sid).keys or b""

@@ -604,7 +604,7 @@ class Repository:
             adopts=adoption.names,
             process=process_token(),
         )
-        self._store.create(f"s/{sid}", intent.encode())
+        self._store.create(f"s/{sid}", intent.encode(sid))
         gone = plan.look()
         if gone:
             raise ParentGoneError(

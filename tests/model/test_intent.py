@@ -12,6 +12,8 @@ from nbdpull.model.frame import FormatError
 from nbdpull.model.intent import Adopts, Intent, checked_intent, is_pin
 
 HEX = st.text("0123456789abcdef", min_size=32, max_size=32)
+SID = "12" * 16
+GC = Intent(role="gc", disk="")
 PINS = st.builds("{}/{}".format, HEX, HEX)
 
 
@@ -32,11 +34,11 @@ PINS = st.builds("{}/{}".format, HEX, HEX)
     )
 )
 def test_what_is_written_is_read_back(intent: Intent) -> None:
-    assert Intent.decode(intent.encode()) == intent
+    assert Intent.decode(intent.encode(SID), SID) == intent
 
 
 def test_a_collectors_intent_has_no_disk() -> None:
-    assert Intent.decode(Intent(role="gc", disk="").encode()) == Intent(role="gc", disk="")
+    assert Intent.decode(GC.encode(SID), SID) == GC
 
 
 GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
@@ -64,34 +66,40 @@ GOOD = {"role": "backup", "disk": "ab" * 16, "pins": []}
     ],
 )
 def test_what_no_session_writes_is_refused(change: dict[str, object]) -> None:
-    assert Intent.decode(checked_intent(json.dumps(GOOD).encode())).disk == "ab" * 16
+    assert Intent.decode(checked_intent(json.dumps(GOOD).encode(), SID), SID).disk == "ab" * 16
     with pytest.raises(FormatError, match=r"it (is|has|brings|adopts)|its '(disk|keys)'"):
-        Intent.decode(checked_intent(json.dumps(GOOD | change).encode()))
+        Intent.decode(checked_intent(json.dumps(GOOD | change).encode(), SID), SID)
 
 
 def test_not_one_bit_can_flip_unnoticed() -> None:
-    raw = Intent(role="backup", disk="ab" * 16, pins=(f"{'cd' * 16}/{'ef' * 16}",)).encode()
+    raw = Intent(role="backup", disk="ab" * 16, pins=(f"{'cd' * 16}/{'ef' * 16}",)).encode(SID)
     assert json.loads(raw)["check"]
     for at in range(8 * len(raw)):
         flipped = bytearray(raw)
         flipped[at // 8] ^= 1 << at % 8
         with pytest.raises(FormatError):
-            Intent.decode(bytes(flipped))
+            Intent.decode(bytes(flipped), SID)
     for end in range(len(raw)):
         with pytest.raises(FormatError):
-            Intent.decode(raw[:end])
+            Intent.decode(raw[:end], SID)
+
+
+def test_the_intent_of_another_session_is_refused() -> None:
+    raw = Intent(role="backup", disk="ab" * 16).encode(SID)
+    with pytest.raises(FormatError, match="as the intent of this session"):
+        Intent.decode(raw, "21" * 16)
 
 
 @given(st.binary(max_size=60) | st.recursive(st.none(), st.lists, max_leaves=9).map(lambda value: json.dumps(value).encode()))  # fmt: skip
 def test_any_bytes_are_an_intent_or_an_error(raw: bytes) -> None:
-    for one in (raw, checked_intent(raw)):
+    for one in (raw, checked_intent(raw, SID)):
         with pytest.raises(FormatError):
-            Intent.decode(one)
+            Intent.decode(one, SID)
 
 
 def test_deep_nesting_is_an_error() -> None:
     with pytest.raises(FormatError):
-        Intent.decode(checked_intent(b"[" * 100_000))
+        Intent.decode(checked_intent(b"[" * 100_000, SID), SID)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_a_replica_takes_no_backups_until_it_is_made_an_original(world: World) -
 
 def test_nothing_is_copied_beside_a_collection_that_began_before(world: World) -> None:
     world.copy(world.ids[0])
-    local(world.target).create(f"s/{'ab' * 16}", Intent(role="gc", disk="").encode())
+    local(world.target).create(f"s/{'ab' * 16}", Intent(role="gc", disk="").encode("ab" * 16))
     with pytest.raises(InUseError, match="garbage collection"):
         world.copy()
 
@@ -310,7 +310,7 @@ def test_what_a_revoked_copy_left_is_not_believed_while_a_collection_may_run(wor
     store = local(world.target)
     store.create(f"m/{'0' * 32}/{'ab' * 16}", REVOKED)
     assert list(world.copy().present) == world.ids
-    store.create(f"s/{'cd' * 16}", Intent(role="gc", disk="").encode())
+    store.create(f"s/{'cd' * 16}", Intent(role="gc", disk="").encode("cd" * 16))
     with pytest.raises(InUseError, match="garbage collection"):
         world.copy()
 

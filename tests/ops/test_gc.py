@@ -121,9 +121,11 @@ def test_a_protected_backup_stays_whatever_was_marked(repo: Retained, tmp_path: 
 # -- sessions ------------------------------------------------------------------------------------
 
 
-def running(repo: Retained, parent: Manifest | None) -> Callable[[], Manifest]:
-    """A session of disk vda that has durable packs and has not committed; call to commit."""
-    state = repo.states[-1]["vda"] if parent else Disk(10 * GRAIN)
+def running(
+    repo: Retained, parent: Manifest | None, name: str = "vda"
+) -> Callable[[], Manifest]:
+    """A session of a disk that has durable packs and has not committed; call to commit."""
+    state = repo.states[-1][name] if parent else Disk(10 * GRAIN)
     found: list[Callable[[], Manifest]] = []
 
     real = Session.commit
@@ -137,9 +139,9 @@ def running(repo: Retained, parent: Manifest | None) -> Callable[[], Manifest]:
         with pytest.raises(InterruptedError):
             add_backup(
                 repo.repository,
-                {"vda": state.changed(77)},
-                before={"vda": state} if parent else None,
-                parents={"vda": parent} if parent else None,
+                {name: state.changed(77)},
+                before={name: state} if parent else None,
+                parents={name: parent} if parent else None,
             )
     return found[0]
 
@@ -271,7 +273,7 @@ def test_a_writer_that_began_before_the_tombstone_wins_and_one_after_is_refused(
 
 def test_intents_of_dead_collectors_go_after_a_day(repo: Retained) -> None:
     collect(repo)
-    repo.store.create("s/" + "ab" * 16, Intent(role="gc", disk="").encode())
+    repo.store.create("s/" + "ab" * 16, Intent(role="gc", disk="").encode("ab" * 16))
     assert collect(repo).others == 0
     repo.age("s", 1.1 * DAY)
     assert collect(repo).others == 1
@@ -358,6 +360,24 @@ def test_a_damaged_intent_of_a_session_that_may_commit_stops_all_until_it_has(
     assert done.packs > 0
     assert repo.objects("s") == []
     assert repo.repository.reader(made).missing_packs(indexes=True) == []
+
+
+def test_intents_in_each_others_place_stop_all_deleting(repo: Retained) -> None:
+    collect(repo)
+    commits = [running(repo, repo.manifests[2][disk], disk) for disk in ("vda", "vdb")]
+    paths = [repo.store.path(key) for key in repo.objects("s")]
+    raw = [path.read_bytes() for path in paths]
+    for path, other in zip(paths, reversed(raw), strict=True):
+        path.write_bytes(other)
+    nbdpull.forget(repo.path, repo.ids)
+    # Taken for the session's own, each would have it revoked under the other's disk, where nobody commits.
+    repo.age("s", 3 * DAY)
+    before = [*repo.objects("d"), *repo.objects("m")]
+    with pytest.raises(DamagedError, match="as the intent of this session.*nothing was collected"):
+        collect(repo)
+    assert [*repo.objects("d"), *repo.objects("m")] == before
+    for made in [commit() for commit in commits]:
+        assert repo.repository.reader(made).missing_packs(indexes=True) == []
 
 
 class Locked(LocalStore):

@@ -392,7 +392,7 @@ def test_registers_that_name_each_other_keep_everything(plain: Repository) -> No
     first, second = die(plain), die(plain)
     for one, other in ((first, second), (second, first)):
         (key,) = [listed.key for listed in plain._store.list("m") if listed.key.endswith(one)] or [
-            "m/" + Intent.decode(plain._store.get(f"s/{one}", limit=1 << 20)).disk + "/" + one
+            "m/" + Intent.decode(plain._store.get(f"s/{one}", limit=1 << 20), one).disk + "/" + one
         ]
         plain._store.delete(key)
         plain._store.create(key, adopted_by(other))

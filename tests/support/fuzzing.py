@@ -170,7 +170,7 @@ def _columns(raw: bytes) -> None:
 
 _INDEX = encode_index(SID, 0, {n * 7: directory([(50, 90), (9, 9)]) for n in range(5)})[0]
 _CONFIG = Config(id=REPOSITORY, capabilities={"ranges": True}).encode()
-_INTENT = Intent(role="backup", disk="cd" * 16, pins=(f"{'ab' * 16}/{SID}",), host="h").encode()
+_INTENT = Intent(role="backup", disk="cd" * 16, pins=(f"{'ab' * 16}/{SID}",), host="h").encode(SID)
 _RAW = manifest().encode()
 _RING = Ring(REPOSITORY, bytes(32), ()).rotated(b"\1" * 32, b"\2" * 32)
 _SLOT = Slot.make(
@@ -186,7 +186,9 @@ _SLOT = Slot.make(
 TARGETS: dict[str, Target] = {
     "config": Target([_CONFIG], Config.decode),
     "intent": Target(
-        [_INTENT], Intent.decode, lambda raw: checked_intent(raw.rpartition(b', "check"')[0] + b"}")
+        [_INTENT],
+        lambda raw: Intent.decode(raw, SID),
+        lambda raw: checked_intent(raw.rpartition(b', "check"')[0] + b"}", SID),
     ),
     "key-slot": Target([_SLOT], lambda raw: Slot.decode(raw, "ab" * 16)),
     "key-ring": Target([_RING.encode()], Ring.decode),
