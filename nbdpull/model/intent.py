@@ -112,7 +112,9 @@ class Intent:
         """
         body = raw[:-_CHECK_SIZE] + b"}"
         if checked_intent(body, session) != raw:
-            raise FormatError("it does not hash to what it says itself, as the intent of this session")
+            raise FormatError(
+                "it does not hash to what it says itself, as the intent of this session"
+            )
         try:
             fields: Any = json.loads(body)
         except (ValueError, RecursionError) as exc:

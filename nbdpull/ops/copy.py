@@ -16,7 +16,8 @@ from nbdpull.model.results import Progress, ProgressCallback, ProgressKind
 from nbdpull.nbdio.errors import Cancelled
 from nbdpull.ops.rekey import rekeying
 from nbdpull.ops.threads import in_thread
-from nbdpull.repo.repository import Backup, Repository
+from nbdpull.repo.catalog import Backup, check_readable
+from nbdpull.repo.repository import Repository
 
 __all__ = ["NEW", "CopyOptions", "copy"]
 
@@ -79,6 +80,9 @@ class _Told:
         self.forgotten.append(backup)
         self._say(f"backup {backup}: left out, it was forgotten in the target")
 
+    def leave_out_incomplete(self, backup: Backup) -> None:
+        self._say(f"backup {backup.id}: left out, {_incomplete(backup)}")
+
     def _say(self, text: str) -> None:
         if self.progress is not None:
             self.progress(Progress(kind=ProgressKind.MESSAGE, verb="copy", text=text))
@@ -108,25 +112,38 @@ def _copy(
     )
 
 
-def _chosen(options: CopyOptions, source: Repository) -> Iterator[Backup]:
-    """The backups to copy, oldest first."""
+def _chosen(options: CopyOptions, source: Repository, told: _Told) -> Iterator[Backup]:
+    """The backups to copy, oldest first.
+
+    Raises:
+        DamagedError, WrongKeyError: once all others were yielded, a manifest can't be read.
+    """
     if not options.backups:
-        yield from (one for one in source.backups() if one.complete)
+        unreadable = source.unreadable()
+        for one in source.backups():
+            if one.complete:
+                yield one
+            else:
+                told.leave_out_incomplete(one)
+        check_readable(unreadable, "all other backups are copied; what can't be read was not")
         return
     found = {one.id: one for one in (source.find(name) for name in options.backups)}
     for backup in sorted(found.values(), key=lambda one: (one.time, one.id)):
         if not backup.complete:
             raise RepositoryError(
-                f"backup {backup.id} is incomplete, {len(backup.missing)} of its disks were never"
-                " committed; only whole backups are copied"
+                f"backup {backup.id}: {_incomplete(backup)}; only whole backups are copied"
             )
         yield backup
+
+
+def _incomplete(backup: Backup) -> str:
+    return f"it is incomplete: {len(backup.missing)} of its disks were never committed, or are lost"
 
 
 def _verbatim(
     options: CopyOptions, source: Repository, told: _Told, check: Callable[[], None]
 ) -> tuple[int, int]:
-    backups = _chosen(options, source)
+    backups = _chosen(options, source, told)
     first = next(backups, None)  # a name that nothing fits makes no replica
     copier = source.copier(options.target, check=check)
     copier.begin()
@@ -145,7 +162,7 @@ def _rekey(
     keys = options.target_keys or KeySource(variables=NEW)
     target = Repository.open(options.target, write=True, keys=keys)
     with rekeying(source, target, progress=told.progress, check=check) as run:
-        for backup in _chosen(options, source):
+        for backup in _chosen(options, source, told):
             found = run.find(backup.id)
             if found is not None and found.forgotten is not None:
                 told.leave_out(backup.id)

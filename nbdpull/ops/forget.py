@@ -69,7 +69,7 @@ def _forget(options: ForgetOptions) -> ForgetResult:
 
 
 def _forget_named(repository: Repository, options: ForgetOptions) -> ForgetResult:
-    damaged = {exc.key for exc in repository.unreadable()}
+    damaged = {one.key for one in repository.unreadable()}
     keys: list[str] = []
     chosen: dict[str, Backup] = {}
     for name in options.backups:

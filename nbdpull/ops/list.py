@@ -52,9 +52,9 @@ async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
 def _list(options: ListOptions) -> tuple[BackupInfo, ...]:
     repository = Repository.open(options.repository, keys=options.keys)
     found = repository.backups(forgotten=options.forgotten)
-    for damage in repository.unreadable():
+    for one in repository.unreadable():
         # The backup it belongs to can't be told, and must not just be absent.
-        _log.warning("%s", damage)
+        _log.warning("%s", one.error)
     names = disk_names(found)
     vms = sorted({backup.vm for backup in found})
     if options.vm is not None and vms and options.vm not in vms:

@@ -27,7 +27,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdpull.errors import DamagedError
+from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.damage import DamagedFrame, Place
 from nbdpull.model.frame import HEADER_SIZE, FrameKind
 from nbdpull.model.keysource import KeySource
@@ -156,8 +156,15 @@ class _Verify:
         if options.backups:
             found = [self._repository.find(name, vm=options.vm) for name in options.backups]
             return list({backup.id: backup for backup in found}.values())
-        for exc in self._repository.scan()[1]:
-            self._damages.add(exc.key, str(exc))
+        unreadable = self._repository.unreadable()
+        sealed = [one for one in unreadable if isinstance(one.error, WrongKeyError)]
+        if sealed:
+            raise WrongKeyError(
+                f"{len(sealed)} manifests of {self._repository.location} are closed to this key, so nothing"
+                f" can be said of their backups: {sealed[0].error}; verify with the newest key"
+            )
+        for one in unreadable:
+            self._damages.add(one.key, str(one.error))
         return [
             backup
             for backup in self._repository.backups()

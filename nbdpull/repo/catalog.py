@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nbdpull.errors import DamagedError, WrongKeyError
 from nbdpull.model.ids import BackupId, DiskId
 from nbdpull.model.manifest import Summary
 from nbdpull.model.results import Level
 
-__all__ = ["Backup", "Entry", "Vanished", "group"]
+__all__ = ["Backup", "Entry", "Unreadable", "Vanished", "check_readable", "group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,24 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A manifest that is there, not forgotten, and can't be read: of which backup it is can't be told.
+
+    Attributes:
+        key: its key.
+        error: why. With a `WrongKeyError` it may be whole.
+    """
+
+    key: str
+    error: DamagedError | WrongKeyError
+
+    @property
+    def began(self) -> float:
+        """See `Vanished.began`."""
+        return _began(self.key)
+
+
+@dataclass(frozen=True, slots=True)
 class Vanished:
     """A manifest of which only the name is known.
 
@@ -51,7 +70,27 @@ class Vanished:
     @property
     def began(self) -> float:
         """When its session began, by the clock of the host that wrote it; seconds since the Unix epoch."""
-        return int(self.key.rpartition("/")[2][:12], 16) / 1000
+        return _began(self.key)
+
+
+def _began(key: str) -> float:
+    return int(key.rpartition("/")[2][:12], 16) / 1000
+
+
+def check_readable(unreadable: Sequence[Unreadable], why: str, then: str = "") -> None:
+    """Raise what is wrong with one of these, if there are any: `why` says what it stands in the way of.
+
+    Raises:
+        DamagedError, WrongKeyError: there are any; the second before the first.
+    """
+    if not unreadable:
+        return
+    first = min(unreadable, key=lambda one: isinstance(one.error, DamagedError))
+    more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+    message = f"{why}: {first.error}{more}{then}"
+    if isinstance(first.error, WrongKeyError):
+        raise WrongKeyError(message) from first.error
+    raise DamagedError(message, key=first.key) from first.error
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from nbdpull.errors import (
-    BackupNotFoundError,
     DamagedError,
     RepositoryError,
     RepositoryNotFoundError,
@@ -49,9 +48,10 @@ from nbdpull.model.sealing import KeyOpener
 from nbdpull.repo import marks as marking
 from nbdpull.repo.adopt import Adoption
 from nbdpull.repo.alive import KeepAlive, process_token
-from nbdpull.repo.catalog import Backup, Entry, Vanished, group
+from nbdpull.repo.catalog import Backup, Entry, Unreadable, Vanished, group
 from nbdpull.repo.damage import DamageRecords
 from nbdpull.repo.digestindex import DigestIndex
+from nbdpull.repo.finding import Finder
 from nbdpull.repo.location import (
     CONFIG,
     REPLICA,
@@ -88,6 +88,7 @@ __all__ = [
     "ParentGoneError",
     "Repository",
     "Session",
+    "Unreadable",
     "Vanished",
 ]
 
@@ -323,18 +324,15 @@ class Repository:
 
     # -- what is there -----------------------------------------------------------------------------
 
-    def entries(self) -> tuple[list[Entry], list[DamagedError]]:
-        """All manifests without a tombstone, and what is wrong with those that can't be read.
-
-        A damaged one that is forgotten is not told of.
-        """
+    def entries(self) -> tuple[list[Entry], list[Unreadable]]:
+        """All manifests without a tombstone, and those that can't be read and are not forgotten."""
         # Marks first: between the two listings a backup may be committed again and its first manifests
         # be forgotten; so it is seen at least once.
         return self._entries(marking.read_marks(self._store))
 
-    def _entries(self, marks: marking.Marks) -> tuple[list[Entry], list[DamagedError]]:
+    def _entries(self, marks: marking.Marks) -> tuple[list[Entry], list[Unreadable]]:
         entries: list[Entry] = []
-        damaged: list[DamagedError] = []
+        unreadable: list[Unreadable] = []
         for listed in self._store.list("m"):
             pin = listed.key.partition("/")[2]
             if pin in marks.tombstones:
@@ -342,23 +340,19 @@ class Repository:
             forgotten = marks.forgotten.get(pin)
             try:
                 summary = self._summary(listed.key)
-            except DamagedError as exc:
+            except (DamagedError, WrongKeyError) as exc:
+                # What needs it must not take it for absent.
                 if forgotten is None:
-                    damaged.append(exc)
-                continue
-            except WrongKeyError as exc:
-                # It may be whole: but what needs it must not take it for absent.
-                if forgotten is None:
-                    damaged.append(DamagedError(str(exc), key=listed.key))
+                    unreadable.append(Unreadable(listed.key, exc))
                 continue
             if summary is not None:
                 entries.append(Entry(summary=summary, stored=listed.modified, forgotten=forgotten))
-        return entries, damaged
+        return entries, unreadable
 
-    def scan(self) -> tuple[list[Summary], list[DamagedError]]:
-        """The summaries of all manifests, and what is wrong with those that can't be read."""
-        entries, damaged = self.entries()
-        return [entry.summary for entry in entries], damaged
+    def scan(self) -> tuple[list[Summary], list[Unreadable]]:
+        """The summaries of all manifests, and those that can't be read."""
+        entries, unreadable = self.entries()
+        return [entry.summary for entry in entries], unreadable
 
     def _summary(self, key: str) -> Summary | None:
         parts = key.split("/")
@@ -394,8 +388,8 @@ class Repository:
         """The summaries of all manifests that can be read."""
         return self.scan()[0]
 
-    def unreadable(self) -> list[DamagedError]:
-        """What is wrong with the manifests that can't be read."""
+    def unreadable(self) -> list[Unreadable]:
+        """The manifests that can't be read."""
         return self.scan()[1]
 
     def backups(self, *, forgotten: bool = False) -> list[Backup]:
@@ -409,7 +403,7 @@ class Repository:
         own = disk_id(vm, disk, None if self._vault is None else self._vault.ring.digest_key)
         marks = marking.read_marks(self._store)
         entries, unreadable = self._entries(marks)
-        damaged = {exc.key for exc in unreadable}
+        damaged = {one.key for one in unreadable}
         # One that is forgotten and damaged is not told of there.
         damaged |= {f"m/{pin}" for pin in marks.forgotten} - {f"m/{one.pin}" for one in entries}
         gone = {f"m/{pin}" for pin in marks.tombstones}
@@ -423,42 +417,13 @@ class Repository:
 
         Raises:
             BackupNotFoundError: none, or more than one, fits.
+            DamagedError: a manifest that can't be read may be of a newer one than the latest.
+            WrongKeyError: the same, or none fits; and the key does not open a manifest that may.
         """
-        everything = [
-            found for found in self.backups(forgotten=True) if vm is None or found.vm == vm
-        ]
-        backups = [found for found in everything if forgotten or found.forgotten is None]
-        of_vm = f" of VM '{vm}'" if vm is not None else ""
-        if not (everything if name != "latest" else backups):
-            raise BackupNotFoundError(
-                f"repository {self.location} has no backup{of_vm}; make one with 'nbdpull backup'"
-            )
-        if name == "latest":
-            complete = [found for found in backups if found.complete and found.forgotten is None]
-            names = sorted({found.vm for found in complete})
-            if len(names) > 1:
-                raise BackupNotFoundError(
-                    f"'latest' could be of any of the VMs {', '.join(names)}; choose one with --vm"
-                )
-            if not complete:
-                raise BackupNotFoundError(
-                    f"repository {self.location} has no complete backup{of_vm}; see 'nbdpull list'"
-                )
-            return complete[-1]
-        fitting = [found for found in backups if name and found.id.startswith(name)]
-        if len(fitting) > 1:
-            ids = ", ".join(found.id for found in fitting[:8])
-            raise BackupNotFoundError(f"backup '{name}' is not unique: {ids}; give more digits")
-        if not fitting:
-            hidden = [found for found in everything if name and found.id.startswith(name)]
-            if hidden:
-                raise BackupNotFoundError(
-                    f"backup {hidden[0].id} is forgotten; 'nbdpull undo {hidden[0].id}' brings it back"
-                )
-            raise BackupNotFoundError(
-                f"repository {self.location} has no backup '{name}'{of_vm}; see 'nbdpull list'"
-            )
-        return fitting[0]
+        marks = marking.read_marks(self._store)
+        entries, unreadable = self._entries(marks)
+        found = Finder(self.location, group(entries, protected=marks.protected), unreadable, vm=vm)
+        return found.latest() if name == "latest" else found.named(name, forgotten=forgotten)
 
     def manifest(self, summary: Summary) -> Manifest:
         """The whole manifest of one disk of a backup.

@@ -167,8 +167,11 @@ def test_rotation_closes_what_comes_then_to_old_keys(cli: Cli, repo: Path, tmp_p
     assert "another key" in seen.stderr
     assert cli("key", "add", "-r", repo, env={**B, "NBDPULL_NEW_PASSWORD": "x"}).exit_code == 2
     assert cli("verify", "-r", repo, env=A).exit_code == 0
-    # What can't be read must not look sound.
-    assert cli("verify", "-r", repo, env=B).exit_code == 1
+    # What can't be read must not look sound, nor the one before it like the latest.
+    for verb in (("verify",), ("show", "latest"), ("restore", "latest", "--to", tmp_path / "old")):
+        done = cli(*verb, "-r", repo, env=B)
+        assert done.exit_code == 12
+        assert "another key" in done.stderr
     # A host that was not told yet still backs up, and the owner reads it.
     add(repo, key_file=old_writer)
     assert len(json.loads(cli("list", "-r", repo, "--json", env=A).stdout)) == 3

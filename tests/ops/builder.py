@@ -89,6 +89,7 @@ def add_backup(
     parents: Mapping[str, Manifest] | None = None,
     commit: frozenset[str] | None = None,
     time: float = 1000.0,
+    vm: str = VM,
 ) -> dict[str, Manifest]:
     """Commit one backup of all `disks`; only what differs from `before` is stored when that is given.
 
@@ -98,7 +99,7 @@ def add_backup(
     parents = parents or {}
     backup = BackupId(secrets.token_hex(8))
     sessions = {
-        name: repository.begin(vm=VM, disk=name, parent=parents.get(name)) for name in disks
+        name: repository.begin(vm=vm, disk=name, parent=parents.get(name)) for name in disks
     }
     siblings = tuple((session.disk_id, session.id) for session in sessions.values())
     manifests = {}
@@ -136,7 +137,7 @@ def add_backup(
         manifests[name] = session.commit(
             Summary(
                 backup=backup,
-                vm=VM,
+                vm=vm,
                 chain="default",
                 level=level,
                 parent=parents[name].summary.backup if name in parents else None,

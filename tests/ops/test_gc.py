@@ -121,9 +121,7 @@ def test_a_protected_backup_stays_whatever_was_marked(repo: Retained, tmp_path: 
 # -- sessions ------------------------------------------------------------------------------------
 
 
-def running(
-    repo: Retained, parent: Manifest | None, name: str = "vda"
-) -> Callable[[], Manifest]:
+def running(repo: Retained, parent: Manifest | None, name: str = "vda") -> Callable[[], Manifest]:
     """A session of a disk that has durable packs and has not committed; call to commit."""
     state = repo.states[-1][name] if parent else Disk(10 * GRAIN)
     found: list[Callable[[], Manifest]] = []
@@ -373,7 +371,7 @@ def test_intents_in_each_others_place_stop_all_deleting(repo: Retained) -> None:
     # Taken for the session's own, each would have it revoked under the other's disk, where nobody commits.
     repo.age("s", 3 * DAY)
     before = [*repo.objects("d"), *repo.objects("m")]
-    with pytest.raises(DamagedError, match="as the intent of this session.*nothing was collected"):
+    with pytest.raises(DamagedError, match=r"as the intent of this session.*nothing was collected"):
         collect(repo)
     assert [*repo.objects("d"), *repo.objects("m")] == before
     for made in [commit() for commit in commits]:

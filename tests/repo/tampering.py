@@ -90,7 +90,7 @@ def read_all(tiny: Tiny, objects: Objects) -> list[str]:
     """
     repository = tiny.repository(objects)
     found, damaged = repository.scan()
-    wrong = [str(exc) for exc in damaged]
+    wrong = [str(one.error) for one in damaged]
     expected = {one.summary.session: one.summary for one in tiny.history.manifests}
     for summary in found:
         # An old or another manifest under a key of its own would be a backup that never was.

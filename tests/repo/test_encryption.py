@@ -188,8 +188,8 @@ def test_a_writer_of_an_older_generation_goes_on_and_the_new_keys_read_it(tmp_pa
     # What was written with the new keys is closed to the old ones, and is not taken for absent.
     found, closed = old.scan()
     assert [summary.session for summary in found] == [by_old.summary.session]
-    assert [exc.key for exc in closed] == [f"m/{newer.summary.disk_id}/{newer.summary.session}"]
-    assert "another key" in str(closed[0])
+    assert [one.key for one in closed] == [f"m/{newer.summary.disk_id}/{newer.summary.session}"]
+    assert "another key" in str(closed[0].error)
     with pytest.raises(WrongKeyError):
         old.manifest(newer.summary)
 
@@ -326,7 +326,7 @@ def test_a_manifest_of_another_disk_is_no_manifest_of_this_one(tmp_path: Path) -
     store.create(moved, raw)
     found, damaged = repository.scan()
     assert sorted(one.disk for one in found) == ["vda", "vdb"]
-    assert [exc.key for exc in damaged] == [moved]
+    assert [one.key for one in damaged] == [moved]
 
 
 def test_plain_objects_in_an_encrypted_repository_are_refused(tmp_path: Path, tiny: Tiny) -> None:
@@ -341,7 +341,7 @@ def test_plain_objects_in_an_encrypted_repository_are_refused(tmp_path: Path, ti
     found, damaged = tiny.repository({**tiny.objects, **forged}).scan()
     assert len(found) == 3
     assert len(damaged) == 3
-    assert all("is not encrypted" in str(exc) for exc in damaged)
+    assert all("is not encrypted" in str(one.error) for one in damaged)
     summary = history.manifests[0].summary
     with pytest.raises(DamagedError, match="is not encrypted"):
         tiny.repository({**tiny.objects, **forged}).manifest(summary)
