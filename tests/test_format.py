@@ -29,6 +29,7 @@ from nbdpull.ops.verify import VerifyOptions, verify
 from nbdpull.repo.repository import Repository
 from tests.ops.builder import Disk, add_backup
 from tests.ops.healing import make_history
+from tests.ops.retained import retained
 from tests.ops.test_restore import flip, packs
 from tests.target.helpers import MIB, disk_bytes
 
@@ -256,6 +257,55 @@ def test_rescue_reader_and_qemu_agree_with_a_raw_image(
     want = state.write_to(tmp_path / "want")
     compare = ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(want), str(tmp_path / "out")]
     subprocess.run(compare, check=True, capture_output=True)
+
+
+def test_rescue_reader_restores_what_was_repacked_or_brought_back(tmp_path: Path) -> None:
+    repo = retained(tmp_path / "repo")
+    nbdpull.forget(repo.path, [repo.ids[0]])
+    nbdpull.undo(repo.path, [repo.ids[0]])
+    assert len(nbdpull.repack(repo.path, ratio=1.0).backups) > 0
+    # Both sets of manifests are there until a collection ends the undo window; here it is half done.
+    repository = Repository.open(str(repo.path), write=True)
+    for pin in [listed.key.partition("/")[2] for listed in repository._store.list("f")]:
+        repository._store.create(f"t/{pin}", b"")
+    listed = rescue(repo.path).stdout.splitlines()
+    assert sorted(line.split()[0] for line in listed) == sorted(2 * repo.ids)
+    for number, backup in enumerate(repo.ids):
+        for disk, state in repo.states[number].items():
+            out = tmp_path / f"{number}{disk}"
+            assert rescue(repo.path, backup, disk, out).returncode == 0
+            assert out.read_bytes() == state.content()
+
+
+def test_rescue_reader_tells_in_one_line_what_it_can_not(fixture: Path, tmp_path: Path) -> None:
+    backup = list(EXPECTED)[-1]
+    (tmp_path / "there").touch()
+    for arguments in (
+        [tmp_path / "nothing"],
+        [ENCRYPTED / "repository"],
+        [fixture, backup, "vdz", tmp_path / "out"],
+        [fixture, backup, "vda", tmp_path / "there"],
+    ):
+        done = rescue(*arguments)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_rescue_reader_without_blake3_leaves_out_a_manifest_that_makes_no_sense(
+    fixture: Path, tmp_path: Path, bare: Path
+) -> None:
+    for path in sorted(fixture.glob("m/*/*")):
+        if path.read_bytes()[:8] != b"NBDPMAN1":
+            continue
+        raw = bytearray(path.read_bytes())
+        for at in range(81, 400, 7):
+            raw[at] ^= 0xFF
+        path.write_bytes(raw)
+        break
+    done = rescue(fixture, python=("/usr/bin/python3", "-S"), folder=bare)
+    assert done.returncode == 0
+    assert f"left out: {path}" in done.stderr
+    assert len(done.stdout.splitlines()) == 2 * len(EXPECTED) - 1
 
 
 def test_rescue_reader_names_what_is_lost_and_saves_the_rest(

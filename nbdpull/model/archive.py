@@ -71,7 +71,9 @@ def unpack_files(raw: bytes) -> list[File]:
     """
     files: list[File] = []
     at = 0
-    while raw[at:] != _END:
+    while at + len(_END) != len(raw) or not raw.endswith(_END):
+        if len(files) == FILES_MAX:
+            raise FormatError(f"the archive has more than {FILES_MAX} files")
         header = raw[at : at + _BLOCK]
         try:
             name = header[:100].rstrip(b"\0").decode("ascii")
@@ -87,6 +89,6 @@ def unpack_files(raw: bytes) -> list[File]:
             raise FormatError(f"the archive is cut in '{name}'")
         files.append((name, data))
         at += size + len(padding)
-    if len(files) > FILES_MAX or len({name for name, _ in files}) < len(files):
+    if len({name for name, _ in files}) < len(files):
         raise FormatError("the archive has names that can't be")
     return files

@@ -158,11 +158,14 @@ class _View:
     live: frozenset[str]
     pinned: frozenset[str]
     adopted: frozenset[str]  # sessions whose packs a live one took over
+    copies: frozenset[
+        str
+    ]  # sessions that may hold copies of damaged frames: it can't be told which
 
     @property
     def spared(self) -> frozenset[str]:
         """Sessions whose packs stay, whoever refers to them."""
-        return self.live | self.adopted
+        return self.live | self.adopted | self.copies
 
 
 class Collector:
@@ -255,12 +258,23 @@ class Collector:
             with suppress(_Vanished):
                 live, pinned = self._read_manifests(doomed, sessions, registers)
                 adopted = self._adopted(objects, registers, live)
+                copies: Collection[str] = ()
                 if self._repository:
-                    needed = kept_packs(self._store, self._repository, self._references)
+                    spared = _Spared(self._references, live | adopted)
+                    needed, copies = kept_packs(self._store, self._repository, spared)
                     self._references.add_packs(needed)
                 if self._is_current(doomed):
                     self.collected.live = sorted(one.id for one in sessions if one.id in live)
-                    return _View(doomed, objects, sessions, registers, live, pinned, adopted)
+                    return _View(
+                        doomed,
+                        objects,
+                        sessions,
+                        registers,
+                        live,
+                        pinned,
+                        adopted,
+                        frozenset(copies),
+                    )
             _log.debug("another collector was ahead; looking again")
         raise RepositoryError(
             f"other collectors were ahead {_ROUNDS} times; nothing was deleted; run it again later"

@@ -24,6 +24,7 @@ from typing import Final
 from nbdpull.errors import DamagedError, RepositoryError, StoreError
 from nbdpull.model.damage import RECORD_MAX
 from nbdpull.model.index import PACKS_PER_INDEX
+from nbdpull.model.keyring import SLOT_MAX
 from nbdpull.model.manifest import MANIFEST_MAX, Manifest, SessionRef, register_kind
 from nbdpull.repo.copyguard import CopyGuard, check_revoked
 from nbdpull.repo.damage import HealedCopies, Pack
@@ -111,7 +112,10 @@ class Copier:
         """
         check_revoked(self._target)
         for listed in list(self._source.list("key")):
-            raw = self._source.get(listed.key, limit=max(listed.size, 1))
+            if listed.size > SLOT_MAX:
+                _log.warning("%s is left out: it is too long for a key slot", listed.key)
+                continue
+            raw = self._source.get(listed.key, limit=SLOT_MAX)
             with suppress(KeyExistsError):
                 self._target.create(listed.key, raw)
 

@@ -145,6 +145,17 @@ class DamageRecords:
 
 def _records(store: Store, repository: str) -> Iterator[tuple[Listed, Record]]:
     """Every record; those that are damaged themselves are left out."""
+    for listed, record in _read_records(store, repository):
+        if isinstance(record, Record):
+            yield listed, record
+        else:
+            _log.warning("%s is left out: %s", listed.key, record)
+
+
+def _read_records(
+    store: Store, repository: str
+) -> Iterator[tuple[Listed, Record | FormatError | StoreError]]:
+    """Every record, or why it can't be read."""
     for listed in store.list("b"):
         _, sid, number = (*listed.key.split("/"), "", "")[:3]
         if not is_hex(sid, 32) or not number.isdecimal() or len(number) > 9:
@@ -155,7 +166,7 @@ def _records(store: Store, repository: str) -> Iterator[tuple[Listed, Record]]:
         except KeyMissingError:
             continue  # collected between the listing and now
         except (FormatError, StoreError) as exc:
-            _log.warning("%s is left out: %s", listed.key, exc)
+            yield listed, exc
 
 
 # -- for a copy to another store ---------------------------------------------------------------------
@@ -216,25 +227,43 @@ class HealedCopies:
 # -- for a collector ---------------------------------------------------------------------------------
 
 
-def kept_packs(store: Store, repository: str, needed: Container[Pack]) -> set[Pack]:
+def kept_packs(
+    store: Store, repository: str, needed: Container[Pack]
+) -> tuple[set[Pack], set[SessionId]]:
     """Packs beyond `needed` that hold copies of damaged frames of packs in `needed`, at any remove.
 
     A collector calls this with all packs that manifests, live sessions and pins refer to, **after** it
     has listed the manifests, and spares what it gets, and the indexes `x/<sid>/<seq // 64>` of these.
+
+    Returns:
+        These packs; and sessions of which all are spared: copies lie in packs of the session that the record
+        is called by, and with a record that is damaged itself that is all that can be told.
+
+    Raises:
+        StoreError: a record can't be read now, so what it keeps can't be told.
     """
     by_pack: dict[Pack, set[Pack]] = {}
-    for _, record in _records(store, repository):
+    whole: set[SessionId] = set()
+    for listed, record in _read_records(store, repository):
+        if isinstance(record, StoreError):
+            raise record
+        if isinstance(record, FormatError):
+            _log.warning(
+                "%s is damaged (%s): no pack of its session is deleted", listed.key, record
+            )
+            whole.add(SessionId(listed.key.split("/")[1]))
+            continue
         for healed in record.healed:
             old, new = healed.damaged, healed.copy
             by_pack.setdefault((old.session, old.seq), set()).add((new.session, new.seq))
     kept: set[Pack] = set()
-    ahead = [pack for pack in by_pack if pack in needed]
+    ahead = [pack for pack in by_pack if pack in needed or pack[0] in whole]
     while ahead:
         for pack in by_pack.get(ahead.pop(), ()):
             if pack not in needed and pack not in kept:
                 kept.add(pack)
                 ahead.append(pack)
-    return kept
+    return kept, whole
 
 
 def stale_records(store: Store, repository: str, kept: Container[Pack]) -> list[Listed]:

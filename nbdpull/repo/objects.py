@@ -246,11 +246,13 @@ class ObjectStore:
         self, what: str, key: str, work: Callable[[], _T], stopped: threading.Event | None
     ) -> _T | Trouble:
         began = time.monotonic()
+        failing_since: float | None = None
         pause_s = self._patience.pause_s
         while True:
             try:
                 done = work()
             except (BaseError, FileNotFoundError) as exc:
+                failing_since = failing_since or time.monotonic()
                 text = str(exc)
                 trouble = diagnose(text)
                 failed = _Failed(without_secrets(text))
@@ -261,11 +263,15 @@ class ObjectStore:
                 self._met = True
             if trouble.kind is not Kind.PASSING:
                 return trouble
-            limit_s = self._patience.retry_s if self._met else self._patience.first_s
+            # A request may take as long as it is tried again: that begins with its first failure. But who
+            # never answered gets no second minute.
+            since, limit_s = began, self._patience.first_s
+            if self._met:
+                since, limit_s = failing_since, self._patience.retry_s
             given_up = (stopped is not None and stopped.is_set()) or (
                 self._deadline is not None and self._deadline.over
             )
-            if given_up or time.monotonic() - began + pause_s > limit_s:
+            if given_up or time.monotonic() - since + pause_s > limit_s:
                 raise self._error(what, key, trouble) from failed
             _log.info("%s %s: %s; trying again", what, key, trouble.words)
             wait_s = pause_s * (0.5 + random.random() / 2)  # noqa: S311 - no secret

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,23 @@ def test_names_that_could_lead_anywhere_are_none(name: str) -> None:
     assert not is_name(name)
     with pytest.raises(ValueError, match="names can't be"):
         pack_files([(name, b"")])
+
+
+def test_more_files_than_there_can_be_are_refused_before_they_are_all_read() -> None:
+    raw = pack_files([(f"f{number}", b"") for number in range(64)])
+    assert len(unpack_files(raw)) == 64
+    one = pack_files([("g", b"")])
+    with pytest.raises(FormatError, match="more than 64 files"):
+        unpack_files(raw[:-1024] + one)
+    # Twice the same name, 100,000 times: what is read for each must not grow with what follows.
+    with pytest.raises(FormatError, match="more than 64 files"):
+        unpack_files(one[:-1024] * 100_000 + one[-1024:])
+
+
+@given(st.binary(max_size=2000))
+def test_any_bytes_are_files_or_an_error(raw: bytes) -> None:
+    with suppress(FormatError):
+        assert pack_files(unpack_files(raw)) == raw
 
 
 def test_every_changed_byte_of_a_header_is_noticed() -> None:

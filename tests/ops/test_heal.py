@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from nbdpull.errors import DamagedError
+from nbdpull.errors import DamagedError, StoreError
 from nbdpull.model.damage import DamagedFrame, HealedFrame, Place
 from nbdpull.model.frame import FrameKind
 from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import SessionId
 from nbdpull.repo.damage import kept_packs, stale_records
+from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
 from tests.ops.healing import History, campaign, make_history, noise
 from tests.ops.pulling import content
@@ -236,9 +237,9 @@ def test_a_collector_spares_copies_of_what_is_needed_and_nothing_else(history: H
     (healed,) = repository.damage.copies(place)
     old, new = place[:2], healed.copy[:2]
     store = repository._store
-    assert kept_packs(store, repository.id, {old}) == {new}
-    assert kept_packs(store, repository.id, {old, new}) == set()
-    assert kept_packs(store, repository.id, {(SessionId("ab" * 16), 0)}) == set()
+    assert kept_packs(store, repository.id, {old}) == ({new}, set())
+    assert kept_packs(store, repository.id, {old, new}) == (set(), set())
+    assert kept_packs(store, repository.id, {(SessionId("ab" * 16), 0)}) == (set(), set())
     records = sorted(entry.key for entry in store.list("b"))
     assert stale_records(store, repository.id, {old, new}) == []
     assert sorted(one.key for one in stale_records(store, repository.id, set())) == records
@@ -270,6 +271,54 @@ def test_gc_keeps_the_copies_and_drops_them_with_what_they_stand_for(history: Hi
     repository.collector(undo_window_s=0.0).run()
     assert not history.path(healed.copy).exists()
     assert not [path for path in Path(repository.location).glob("b/*/*") if path.is_file()]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_gc_keeps_the_copies_of_a_record_that_is_damaged(history: History, how: str) -> None:
+    first, newest = (history.whole_frames(history.manifests[n]) for n in (0, -1))
+    place, clen = sorted({*first} & {*newest})[5]
+    history.damage(place, clen, random.Random(11))
+    history.verify()
+    history.back_up(parent=None)
+    repository = Repository.open(history.repository.location, write=True)
+    (healed,) = repository.damage.copies(place)
+    last = history.manifests.pop().summary
+    history.contents.pop()
+    record = Path(repository.location, "b", healed.copy.session, "0")
+    raw = record.read_bytes()
+    record.chmod(0o600)
+    record.write_bytes(
+        {"flipped": raw[:70] + bytes([raw[70] ^ 1]) + raw[71:], "cut": raw[:-1]}[how]
+    )
+    repository.forget([f"{last.disk_id}/{last.session}"], "test")
+    repository.collector(undo_window_s=0.0).run()
+    assert history.path(healed.copy).exists()
+    # Once the record is what it was, so are the older backups.
+    record.write_bytes(raw)
+    assert history.wrong() == []
+
+
+class Unread(LocalStore):
+    """Records can't be read just now."""
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        if key.startswith("b/"):
+            raise StoreError(f"can't read {key}: it answers 503")
+        return super().get(key, limit=limit)
+
+
+def test_gc_deletes_nothing_while_a_record_can_not_be_read(history: History) -> None:
+    place, clen = history.whole_frames(history.manifests[0])[5]
+    history.damage(place, clen, random.Random(11))
+    history.verify()
+    repository = Repository.open(history.repository.location, write=True)
+    last = history.manifests[-1].summary
+    repository.forget([f"{last.disk_id}/{last.session}"], "test")
+    before = [one.key for one in repository._store.list("d")]
+    repository._store = Unread(Path(repository.location))
+    with pytest.raises(StoreError, match="503"):
+        repository.collector(undo_window_s=0.0).run()
+    assert [one.key for one in repository._store.list("d")] == before
 
 
 def test_an_encrypted_repository_heals_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,20 @@ def test_an_object_whose_creation_fails_once_is_made_once(
     assert store.get("d/a/0", limit=len(PACK)) == PACK
     with pytest.raises(KeyExistsError):
         store.create("m/a/b", b"other")
+
+
+def test_a_pack_that_nothing_answers_is_sent_again_although_waiting_took_longer_than_trying_again(
+    front: Proxy, weed: SeaweedFs, s3: str
+) -> None:
+    patience = replace(IMPATIENT, bulk_s=1.5, retry_s=1.2)
+    cloud = parse_cloud(s3, {**weed.env, "AWS_ENDPOINT_URL": front.endpoint})
+    store = ObjectStore(cloud, patience=patience)
+    assert not store.exists("nothing")
+    first(front, "PUT", Fault.HANG)
+    upload = store.begin("d/a/0")
+    upload.write(0, PACK)
+    upload.commit()
+    assert store.get("d/a/0", limit=len(PACK)) == PACK
 
 
 @pytest.mark.parametrize("fault", FAULTS)

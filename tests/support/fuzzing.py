@@ -16,10 +16,12 @@ import numpy as np
 import zstandard
 from blake3 import blake3
 
+from nbdpull.errors import WrongKeyError
+from nbdpull.model.archive import pack_files, unpack_files
 from nbdpull.model.cbor import decode_map
 from nbdpull.model.columns import unpack_columns
 from nbdpull.model.config import Config
-from nbdpull.model.crypto import Kdf, KdfName
+from nbdpull.model.crypto import Kdf, KdfName, public_of
 from nbdpull.model.damage import DamagedFrame, HealedFrame, Place, decode_record, encode_record
 from nbdpull.model.frame import (
     ENTRY,
@@ -39,7 +41,15 @@ from nbdpull.model.grain import GRAIN, SEGMENT_GRAINS
 from nbdpull.model.index import Directory, IndexTable, PackPlace, encode_index
 from nbdpull.model.intent import Intent, checked_intent
 from nbdpull.model.keyring import Ring, Slot
-from nbdpull.model.manifest import HEAD_SIZE, Manifest, decode_summary, summary_end
+from nbdpull.model.manifest import (
+    HEAD_SIZE,
+    Manifest,
+    adopted_by,
+    adopter,
+    decode_summary,
+    summary_end,
+)
+from nbdpull.model.sealing import Recipient, SessionKeys, open_envelope, seal_envelope
 from nbdpull.model.segment import Interval, Segment
 from tests.model.samples import REPOSITORY, SID, directory, manifest
 
@@ -168,6 +178,26 @@ def _columns(raw: bytes) -> None:
             continue
 
 
+_RECIPIENT = Recipient(public_of(bytes(32)), bytes(32), bytes(range(32)))
+
+
+def _envelope(raw: bytes) -> SessionKeys:
+    try:
+        return open_envelope(
+            raw, repository=REPOSITORY, sid=SID, recipients=[_RECIPIENT], digest_key=bytes(32)
+        )
+    except WrongKeyError as exc:  # one that names another key is nothing else
+        raise FormatError(str(exc)) from exc
+
+
+_ENVELOPE = seal_envelope(
+    repository=REPOSITORY,
+    sid=SID,
+    meta=b"m" * 32,
+    data=b"d" * 32,
+    recipients=[_RECIPIENT],
+    salt=b"s" * 16,
+)
 _INDEX = encode_index(SID, 0, {n * 7: directory([(50, 90), (9, 9)]) for n in range(5)})[0]
 _CONFIG = Config(id=REPOSITORY, capabilities={"ranges": True}).encode()
 _INTENT = Intent(role="backup", disk="cd" * 16, pins=(f"{'ab' * 16}/{SID}",), host="h").encode(SID)
@@ -218,6 +248,9 @@ TARGETS: dict[str, Target] = {
     "summary": Target([_RAW[: summary_end(_RAW[:HEAD_SIZE])]], decode_summary),
     "cbor": Target([cbor2.dumps({"a": [1, b"x", None, 2.5], "b": {"c": "d"}})], decode_map),
     "columns": Target([_segment()[12:]], _columns),
+    "archive": Target([pack_files([("machine.json", b"{}"), ("tpm/a", bytes(700))])], unpack_files),
+    "envelope": Target([_ENVELOPE], _envelope),
+    "adopted-register": Target([adopted_by(SID)], adopter),
     "record": Target(
         _records(),
         lambda raw: decode_record(raw, repository=REPOSITORY, sid=SID, number=3),
