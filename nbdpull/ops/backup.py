@@ -5,9 +5,12 @@ What is asked for is looked at before anything is touched; then one `Run` makes 
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import Final
 
 from nbdpull.errors import UsageError
 from nbdpull.model.archive import File
@@ -20,7 +23,7 @@ from nbdpull.model.results import (
 )
 from nbdpull.nbdio.tls import Tls, look_at_tls
 from nbdpull.ops.backupoptions import AUDIT, BackupOptions
-from nbdpull.ops.backuprun import Run, recover
+from nbdpull.ops.backuprun import Run, UnseenRunError, recover
 from nbdpull.ops.disknames import check_names
 from nbdpull.ops.lineage import Chain, known_checkpoints, known_disks
 from nbdpull.ops.machinestate import read_definitions
@@ -103,10 +106,24 @@ async def backup(
     check_names("VM", [options.vm])
 
     async def attempt() -> BackupResult:
-        return await _attempt(options, qemu, address, definitions, progress)
+        given_up = time.monotonic() + _DYING_S
+        while True:
+            try:
+                return await _attempt(options, qemu, address, definitions, progress)
+            except UnseenRunError:
+                if time.monotonic() >= given_up:
+                    raise
+            # From the beginning: if it lives it may have committed meanwhile.
+            await asyncio.sleep(_LOOK_S)
 
     # A new point in time would be another backup than the one that was asked for.
     return await (reconnecting(attempt) if options.resume_within_s > 0 else attempt())
+
+
+_DYING_S: Final = 10.0
+"""How long a run that seems to live elsewhere may be one that was killed just now: until its host, or sshd, has
+closed its connection to QEMU."""
+_LOOK_S: Final = 0.5
 
 
 async def _attempt(

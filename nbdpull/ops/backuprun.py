@@ -78,9 +78,14 @@ from nbdpull.source.unfinished import Unfinished, UnfinishedDisk
 from nbdpull.units import format_size
 from nbdpull.version import __version__
 
-__all__ = ["Run", "recover"]
+__all__ = ["Run", "UnseenRunError", "recover"]
 
 log = logging.getLogger(__name__)
+
+
+class UnseenRunError(InUseError):
+    """A run of the same chain seems to live, by its connection to QEMU alone."""
+
 
 _ASK_S = 10.0
 """How long a repository is asked whether a backup that was interrupted is there."""
@@ -93,7 +98,12 @@ async def recover(
     say: Callable[[str], None],
     spared: Unfinished | None = None,
 ) -> None:
-    """Clear away what dead runs left, and refuse to run beside a live one of the same chain."""
+    """Clear away what dead runs left.
+
+    Raises:
+        InUseError: a run of the same chain lives.
+        UnseenRunError: one seems to.
+    """
     if spared is not None and isinstance(source, Resumable):
         swept = await source.sweep_others(chain.committed, spared)
     else:
@@ -102,7 +112,8 @@ async def recover(
         say(f"removed what an earlier run left: {line}")
     for live in swept.live:
         if live.chain == chain.id:
-            raise InUseError(
+            error = InUseError if live.pid is not None else UnseenRunError
+            raise error(
                 f"chain '{options.chain}' is being backed up by {live.who} right now; wait for"
                 " it, or end it and run 'nbdpull cleanup'"
             )

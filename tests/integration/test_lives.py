@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,22 @@ from tests.support.tools import QemuTools
 from tests.support.vm import StorageDaemon, Vm
 
 
-def elsewhere(keeper: Keeper, *words: str) -> subprocess.CompletedProcess[str]:
+def elsewhere(
+    keeper: Keeper, *words: str, scratch: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run nbdpull where the scratch folder is another one, as in a container with a /tmp of its own."""
     options = ["-m"] if os.geteuid() == 0 else ["-r", "-m"]
     script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     line = ["unshare", *options, "sh", "-c", script, "sh", str(keeper.scratch)]
-    line += [sys.executable, "-m", "nbdpull", *words, "--scratch", str(keeper.scratch), "--json"]
+    line += [
+        sys.executable,
+        "-m",
+        "nbdpull",
+        *words,
+        "--scratch",
+        str(scratch or keeper.scratch),
+        "--json",
+    ]
     return run(line, check=False)
 
 
@@ -61,6 +73,35 @@ def test_a_run_that_is_out_of_sight_is_left_alone_while_it_lives(
         assert not any(vm.leftovers().values())
         result = json.loads(output)
         compare(keeper.restore(result["backup"])["vda"], disk.path, other_format="qcow2")
+
+
+def test_a_run_that_is_out_of_sight_and_dies_is_waited_for(
+    qemu_tools: QemuTools, keeper: Keeper, disk: Disk, tmp_path: Path
+) -> None:
+    """As over ssh, where QEMU is told a while later that a client was killed."""
+    other = f"qmp:{tmp_path}/other"
+    monitor = ("-qmp", f"unix:{tmp_path}/other,server=on,wait=off")
+    with Vm([disk], tools=qemu_tools, arguments=monitor, paused=True) as vm:
+        with running_backup(vm, keeper, *SLOWLY) as client:
+            client.send_signal(signal.SIGSTOP)
+            os.waitpid(client.pid, os.WUNTRACED)
+            own = tmp_path / "own"
+            own.mkdir()
+            dying = threading.Timer(2.0, client.kill)
+            dying.start()
+            began = time.monotonic()
+            backup = ("backup", other, "-r", keeper.repository, "--vm", "testvm")
+            done = elsewhere(keeper, *backup, scratch=own)
+            dying.join()
+            client.wait()
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - began > 2.0
+        assert not any(vm.leftovers().values())
+        compare(
+            keeper.restore(json.loads(done.stdout)["backup"])["vda"],
+            disk.path,
+            other_format="qcow2",
+        )
 
 
 def test_a_run_that_is_out_of_sight_is_cleaned_up_once_it_is_dead(
