@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "DISK_MAX",
     "FRAME_GRAINS",
     "FRAME_MAX",
     "GRAIN",
@@ -34,6 +35,8 @@ FRAME_MAX: Final = FRAME_GRAINS * GRAIN
 """1 MiB: larger frames hardly compress better and make a damaged one cost more."""
 SEGMENT: Final = 1 << 30
 SEGMENT_GRAINS: Final = SEGMENT // GRAIN
+DISK_MAX: Final = 1 << 50
+"""Bytes, 1 PiB: what is known of each segment of a disk takes memory, whether or not anything is in it."""
 
 
 class Kind(IntEnum):

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from blake3 import blake3
 
+from nbdpull.errors import RepositoryError
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex
 
@@ -81,7 +82,11 @@ class Intent:
     process: str = ""
 
     def encode(self, session: str) -> bytes:
-        """The bytes of the object `s/<session>`."""
+        """The bytes of the object `s/<session>`.
+
+        Raises:
+            RepositoryError: no reader would take it.
+        """
         fields: dict[str, object] = {
             "role": self.role,
             "disk": self.disk,
@@ -101,7 +106,13 @@ class Intent:
                 {"session": one.session} | ({} if one.keys is None else {"keys": one.keys.hex()})
                 for one in self.adopts
             ]
-        return checked_intent(json.dumps(fields).encode(), session)
+        raw = checked_intent(json.dumps(fields).encode(), session)
+        if len(raw) > INTENT_MAX:
+            raise RepositoryError(
+                f"what session {session} needs takes {len(raw)} bytes to tell, at most {INTENT_MAX} are"
+                f" read: {len(self.pins)} backups, {len(self.brings)} sessions; run 'nbdpull repack'"
+            )
+        return raw
 
     @classmethod
     def decode(cls, raw: bytes, session: str) -> Intent:

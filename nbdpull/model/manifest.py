@@ -24,11 +24,12 @@ import zstandard
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from nbdpull.errors import RepositoryError
 from nbdpull.model.archive import ARCHIVE_MAX, FILES_MAX, is_name
 from nbdpull.model.cbor import decode_map
 from nbdpull.model.columns import pack_columns, unpack_columns
 from nbdpull.model.frame import ENCRYPTED, FormatError
-from nbdpull.model.grain import segment_count
+from nbdpull.model.grain import DISK_MAX, segment_count
 from nbdpull.model.ids import BackupId, DiskId, SessionId, is_hex
 from nbdpull.model.results import Level
 from nbdpull.model.sealing import ENVELOPE_MAX, SEAL_OVERHEAD, KeyOpener, SessionKeys
@@ -202,7 +203,11 @@ class Manifest:
         return Packs.distinct(np.concatenate([maps, *(ref.packs.rows for ref in refs)]))
 
     def encode(self, keys: SessionKeys | None = None) -> bytes:
-        """The bytes of the register; encrypted with the session's keys where there are any."""
+        """The bytes of the register; encrypted with the session's keys where there are any.
+
+        Raises:
+            RepositoryError: no reader would take it.
+        """
         summary = cbor2.dumps(_summary_map(self.summary))
         body = cbor2.dumps(_sessions_map(self.sessions) | _segments_map(self.segments))
         packed = zstandard.ZstdCompressor(level=3).compress(body)
@@ -210,6 +215,16 @@ class Manifest:
         sealed = 0
         if keys is not None:
             envelope, sealed = keys.envelope, SEAL_OVERHEAD
+        if max(len(body), len(packed) + sealed) > _BODY_MAX:
+            raise RepositoryError(
+                f"what the backup of disk '{self.summary.disk}' refers to takes {len(body)} bytes, at most"
+                f" {_BODY_MAX} can be read again; run 'nbdpull repack', or back up with '--level full'"
+            )
+        if len(summary) + sealed > _SUMMARY_MAX or self.summary.size > DISK_MAX:
+            raise RepositoryError(
+                f"what is told of disk '{self.summary.disk}', {self.summary.size} bytes, takes"
+                f" {len(summary)} bytes; at most {DISK_MAX} and {_SUMMARY_MAX} can be read again"
+            )
         place = _PLACE.pack(
             _MAGIC,
             _VERSION,
@@ -376,7 +391,7 @@ def _summary(fields: Mapping[str, Any]) -> Summary:
         disk=_text(fields, "disk"),
         disk_id=DiskId(_hex(fields.get("disk_id"), 32)),
         session=SessionId(_hex(fields.get("session"), 32)),
-        size=_int(fields, "size"),
+        size=_size(fields, "size"),
         disk_level=_level(fields, "disk_level"),
         reason=_text(fields, "reason"),
         checkpoint=_optional(fields, "checkpoint"),
@@ -547,6 +562,13 @@ def _int(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise FormatError(f"manifest: '{name}' is no size")
+    return value
+
+
+def _size(fields: Mapping[str, Any], name: str) -> int:
+    value = _int(fields, name)
+    if value > DISK_MAX:
+        raise FormatError(f"manifest: '{name}' is {value}, at most {DISK_MAX} may be")
     return value
 
 

@@ -147,12 +147,18 @@ def _verbatim(
     first = next(backups, None)  # a name that nothing fits makes no replica
     copier = source.copier(options.target, check=check)
     copier.begin()
+    replica = Repository.open(options.target, keys=options.keys)
+    there = {one.id: one for one in replica.backups(forgotten=True)}
     for backup in () if first is None else chain([first], backups):
         manifests = [source.manifest(summary) for summary in backup.disks]
-        if copier.forgotten(manifests):
+        old = there.get(backup.id)
+        if (old is not None and old.forgotten is not None) or copier.forgotten(manifests):
             told.leave_out(backup.id)
-        else:
-            told.add(backup.id, copied=copier.copy(manifests))
+            continue
+        told.add(backup.id, copied=copier.copy(manifests))
+        if old is not None:
+            # Repacked in the source since: what stood for it here is not needed any more.
+            replica.forget_replaced(set(old.all_pins) - set(backup.pins))
     return copier.counts.objects, copier.counts.written_bytes
 
 

@@ -10,6 +10,7 @@ not grow with the disk: one segment's maps, and a file on disk for the digests.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from nbdpull.errors import DamagedError, UsageError
+from nbdpull.model.damage import Place
 from nbdpull.model.ids import BackupId, DiskId, SessionId
 from nbdpull.model.manifest import Manifest, Summary
 from nbdpull.model.results import ProgressCallback
 from nbdpull.model.segment import Interval, Segment
+from nbdpull.ops.heal import lost_segments
 from nbdpull.ops.meter import Meter
 from nbdpull.repo.digestcache import DigestCache
 from nbdpull.repo.repository import (
@@ -37,6 +40,8 @@ from nbdpull.repo.repository import (
 from nbdpull.version import __version__
 
 __all__ = ["Rekeyed", "rekeying"]
+
+_log = logging.getLogger(__name__)
 
 _WORKERS: Final = 4  # each holds a frame
 _REMEMBERED: Final = 1 << 16
@@ -69,6 +74,7 @@ class Rekeyed:
         self._progress = progress
         self._check = check
         self._there = {one.id: one for one in target.backups(forgotten=True)}
+        self._lost = target.damage.lost()
         self._learned = False
         self.objects = 0
         self.written_bytes = 0
@@ -159,6 +165,7 @@ class Rekeyed:
             None
             if earlier is None
             else (self._source.reader(earlier[0]), self._target.reader(earlier[1])),
+            lost=self._lost,
             check=self._check,
         )
         meter = Meter(
@@ -176,9 +183,13 @@ class Rekeyed:
         return session
 
     def _begin(self, summary: Summary, parent: Manifest | None) -> Session:
-        return self._target.begin(
+        session = self._target.begin(
             vm=summary.vm, disk=summary.disk, parent=parent, cache=self._cache, role="rekey"
         )
+        session.lost = frozenset(
+            row.digest for rows in self._lost.values() for row in rows if row.rlen
+        )
+        return session
 
     def _earlier(self, backup: Backup, summary: Summary) -> tuple[Manifest, Manifest] | None:
         """The manifests, in both repositories, of the earlier backup that the disk has most in common with.
@@ -214,7 +225,7 @@ class Rekeyed:
         except DamagedError:
             return None  # or it was collected just now
         # What this run made was seen in a listing.
-        if backup not in self._made and self._target.reader(pair[1]).missing_packs():
+        if backup not in self._made and self._target.missing(pair[1]):
             return None
         return pair
 
@@ -226,6 +237,7 @@ class _Disk:
         reader: of the disk in the source.
         session: in the target.
         earlier: readers of one earlier backup of the disk in both; in the target the session's parent.
+        lost: frames that the target has on record as lost: nothing new refers to them.
         check: called often; what it raises ends it.
     """
 
@@ -235,11 +247,14 @@ class _Disk:
         session: Session,
         earlier: tuple[DiskReader, DiskReader] | None,
         *,
+        lost: Mapping[Place, object],
         check: Callable[[], None],
     ) -> None:
         self._reader = reader
         self._session = session
         self._earlier = earlier
+        self._lost = lost
+        self._lost_there = set() if earlier is None else lost_segments(lost, earlier[1].manifest)
         self._check = check
         self._sids = [one.sid for one in reader.manifest.sessions]
         self._stored: OrderedDict[_Frame, Found] = OrderedDict()
@@ -262,6 +277,8 @@ class _Disk:
         """Whether the earlier backup has the very same map there: then the session has it from its parent."""
         if self._earlier is None:
             return self._reader.manifest.segments[index] is None
+        if index in self._lost_there:
+            return False
         before = self._earlier[0].manifest
         return _place(before, index) == _place(self._reader.manifest, index)
 
@@ -295,9 +312,16 @@ class _Disk:
             return known
         here, there = self._earlier
         sids = [one.sid for one in here.manifest.sessions]
-        ahead = {row.start: row for row in there.segment(index)}
+        owners = [one.sid for one in there.manifest.sessions]
+        try:
+            ahead = {row.start: row for row in there.segment(index)}
+        except DamagedError as exc:
+            _log.debug("the frames of segment %d are looked for by their digests: %s", index, exc)
+            return known
         for row in here.segment(index):
             new = ahead.get(row.start)
+            if new is not None and Place(owners[new.session], new.seq, new.offset) in self._lost:
+                continue
             if new is not None and (row.n, row.skip, row.flen) == (new.n, new.skip, new.flen):
                 found = Found(new.session, new.seq, new.offset, new.clen, new.flen)
                 known[sids[row.session], row.seq, row.offset].append((row, found))

@@ -104,7 +104,9 @@ class _Verify:
         self._options = options
         self._progress = progress
         self._cancel = cancel
-        self._repository = Repository.open(options.repository, keys=options.keys)
+        self._repository = Repository.open(
+            options.repository, mend=options.record, keys=options.keys
+        )
         self._repository.check_restorable()
         self._findings = Findings()
         self._damages = Damages()

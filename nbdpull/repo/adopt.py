@@ -46,13 +46,14 @@ from nbdpull.model.index import (
     encode_index,
     index_digest,
 )
-from nbdpull.model.intent import ADOPTS_MAX, INTENT_MAX, Adopts, Intent
+from nbdpull.model.intent import ADOPTS_MAX, Adopts, Intent
 from nbdpull.model.manifest import Manifest, SessionRef, Summary, adopted_by, adopter, register_kind
 from nbdpull.model.results import Level
 from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Packs
 from nbdpull.repo import alive
 from nbdpull.repo.digestindex import DigestIndex, IndexFinder
+from nbdpull.repo.intents import read_intent
 from nbdpull.repo.marks import there
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuse import FrameFinder, PackListing, ReuseSource
@@ -149,7 +150,7 @@ class Adoption:
     def _dead(self, sid: SessionId, made: float) -> Intent | None:
         """The intent of a session of this disk that is known to have died."""
         try:
-            intent = Intent.decode(self._store.get(f"s/{sid}", limit=INTENT_MAX), sid)
+            intent = read_intent(self._store, sid)
         except (KeyMissingError, FormatError):
             return None
         if intent.role != "backup" or intent.disk != self._disk:
@@ -167,7 +168,12 @@ class Adoption:
         if self._now is None:
             key = f"a/{self._own}/0"
             self._store.create(key, b"")
-            self._now = self._store.stat(key).modified
+            try:
+                self._now = self._store.stat(key).modified
+            except KeyMissingError:
+                return (
+                    0.0  # a collector took it away, as there is no intent yet: nothing is idle then
+                )
         return self._now
 
     # -- taking them -------------------------------------------------------------------------------
@@ -218,6 +224,9 @@ class Adoption:
                 continue
             if not seqs:
                 continue
+            # Who died between making one and syncing its folder left what a power cut may take away.
+            for prefix in "dx":
+                self._store.sync(f"{prefix}/{sid}")
             packs += [(len(sessions), seq) for seq in seqs]
             nbytes += sum(sizes[seq] for seq in seqs)
             sessions.append(SessionRef(sid, indexes))

@@ -16,7 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +30,7 @@ from nbdpull.model.ids import SessionId
 from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.store import Store
 
-__all__ = ["IDLE_S", "KeepAlive", "has_died", "process_token"]
+__all__ = ["IDLE_S", "KeepAlive", "clocks", "has_died", "here", "process_token"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,16 @@ _AGAIN_S: Final = 600.0
 
 _here: set[SessionId] = set()
 """Sessions of this very process that go on."""
+
+
+@contextmanager
+def here(sid: SessionId) -> Iterator[None]:
+    """Have a session of this process count as one that has not died."""
+    _here.add(sid)
+    try:
+        yield
+    finally:
+        _here.discard(sid)
 
 
 class KeepAlive:
@@ -79,6 +92,14 @@ def _run(store: Store, sid: SessionId, stopped: threading.Event) -> None:
         else:
             wait_s = EVERY_S
         number += 1
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds by two clocks: the first stands still while a VM is paused, the second may be set.
+
+    Of what has passed by each the longer time is to be believed.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
 
 
 # -- whether its process lives -----------------------------------------------------------------------

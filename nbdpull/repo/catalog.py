@@ -136,6 +136,11 @@ class Backup:
         return tuple(f"{summary.disk_id}/{summary.session}" for summary in self.disks)
 
     @property
+    def all_pins(self) -> tuple[str, ...]:
+        """The same, and what names those that are not shown because these are."""
+        return self.pins + tuple(entry.pin for entry in self.superseded)
+
+    @property
     def vm(self) -> str:
         """The VM's name."""
         return self.disks[0].vm

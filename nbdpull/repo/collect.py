@@ -32,7 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,10 +40,11 @@ from nbdpull.errors import DamagedError, RepositoryError, StoreError
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, is_hex, make_session_id
 from nbdpull.model.index import PACKS_PER_INDEX
-from nbdpull.model.intent import INTENT_MAX, Intent, is_pin
+from nbdpull.model.intent import Intent, is_pin
 from nbdpull.model.manifest import MANIFEST_MAX, REVOKED, Manifest, adopter, register_kind
 from nbdpull.repo import alive
 from nbdpull.repo.damage import Pack, kept_packs, stale_records
+from nbdpull.repo.intents import read_intent
 from nbdpull.repo.marks import REPLACED, read_marks, reason_of, there, tombstones
 from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, Store
 
@@ -53,6 +54,8 @@ _log = logging.getLogger(__name__)
 
 _HOPELESS_S: Final = 31 * 86400.0
 """Writers commit within 30 days of their beginning, or not at all."""
+_STALE_S: Final = 30 * 86400.0
+"""A collector deletes nothing any more so long after it has looked: then others take it for dead."""
 _STUB_S: Final = 366 * 86400.0
 _ROUNDS: Final = 20
 _WORKERS: Final = 8
@@ -158,9 +161,8 @@ class _View:
     live: frozenset[str]
     pinned: frozenset[str]
     adopted: frozenset[str]  # sessions whose packs a live one took over
-    copies: frozenset[
-        str
-    ]  # sessions that may hold copies of damaged frames: it can't be told which
+    copies: frozenset[str]  # sessions of which any pack may hold copies of damaged frames
+    marks: Sequence[Listed]  # f/ and b/, as they were before the manifests were listed
 
     @property
     def spared(self) -> frozenset[str]:
@@ -209,6 +211,8 @@ class Collector:
         self._unread: list[tuple[Listed, DamagedError]] = []  # intents, of this round
         self._alive: dict[str, list[Listed]] = {}
         self._own: str | None = None
+        self._here = ExitStack()
+        self._looked_at = alive.clocks()
         self._now = 0.0
         self.collected = Collected()
 
@@ -228,6 +232,7 @@ class Collector:
             self._delete_manifests(view)
             self._delete_marks(view)
         finally:
+            self._here.close()
             if own is not None:
                 with suppress(StoreError):  # an intent without a register goes after a day
                     self._store.delete(own)
@@ -239,7 +244,10 @@ class Collector:
             self._now = time.time()
             return None
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
-        intent = Intent(role="gc", disk="", host=self._host, time=time.time())
+        intent = Intent(
+            role="gc", disk="", host=self._host, time=time.time(), process=alive.process_token()
+        )
+        self._here.enter_context(alive.here(sid))
         self._store.create(f"s/{sid}", intent.encode(sid))
         self._now = self._store.stat(f"s/{sid}").modified
         return f"s/{sid}"
@@ -248,8 +256,11 @@ class Collector:
 
     def _look(self) -> _View:
         for _ in range(_ROUNDS):
+            self._looked_at = alive.clocks()
             self._end_undo()
             doomed = frozenset(tombstones(self._store)) | self._ended
+            # Of what is made later nothing here can tell what it is for.
+            marks = [listed for prefix in "fb" for listed in self._store.list(prefix)]
             objects = self._list_objects()
             sessions = self._list_sessions(objects)
             self._revoke(sessions)
@@ -274,6 +285,7 @@ class Collector:
                         pinned,
                         adopted,
                         frozenset(copies),
+                        marks,
                     )
             _log.debug("another collector was ahead; looking again")
         raise RepositoryError(
@@ -361,8 +373,7 @@ class Collector:
 
     def _intent(self, listed: Listed) -> Intent | None:
         try:
-            raw = self._store.get(listed.key, limit=INTENT_MAX)
-            return Intent.decode(raw, listed.key.partition("/")[2])
+            return read_intent(self._store, listed.key.partition("/")[2])
         except KeyMissingError:
             return None  # ended: its register is there, and is listed after this
         except FormatError as exc:
@@ -555,19 +566,15 @@ class Collector:
         ended = [
             session.listed
             for session in view.sessions
-            if (
-                session.idle_s > alive.IDLE_S
-                if session.intent.role == "gc"
-                else session.pin in view.registers
-            )
+            if (_is_over(session) if session.intent.role == "gc" else session.pin in view.registers)
         ]
         hopeless = {listed.key: listed for listed in self._hopeless}
         ended += hopeless.values()
         self.collected.intents += sum(1 for _ in self._delete(ended))
         marks = [
             listed
-            for listed in self._store.list("f")
-            if listed.key.partition("/")[2] not in view.registers
+            for listed in view.marks
+            if listed.key.startswith("f/") and listed.key.partition("/")[2] not in view.registers
         ]
         marks += [
             listed
@@ -587,8 +594,22 @@ class Collector:
         ]
         if self._repository:
             kept = _Spared(self._references, view.spared)
-            marks += stale_records(self._store, self._repository, kept)
+            stale = {one.key: one for one in stale_records(self._store, self._repository, kept)}
+            marks += [stale[one.key] for one in view.marks if one.key in stale]
         self.collected.marks += sum(1 for _ in self._delete(marks))
+
+    def _check_fresh(self) -> None:
+        """See that what is deleted was looked for lately.
+
+        Raises:
+            RepositoryError: a copy may have been made that relies on it.
+        """
+        age_s = max(now - then for now, then in zip(alive.clocks(), self._looked_at, strict=True))
+        if age_s > _STALE_S:
+            raise RepositoryError(
+                f"what is to be deleted was looked for {age_s / 86400:.0f} days ago, at most"
+                f" {_STALE_S / 86400:.0f} may pass; what is deleted stays so; run it again"
+            )
 
     def _is_old(self, listed: Listed) -> bool:
         return self._now - listed.modified > _STUB_S
@@ -598,6 +619,7 @@ class Collector:
 
         def one(listed: Listed) -> bool:
             self._check()
+            self._check_fresh()
             if self._dry_run:
                 return True
             try:
@@ -620,6 +642,16 @@ class Collector:
                     self.collected.refused.append(done.key)
         if unlocks:
             self.collected.unlock = min([*unlocks, self.collected.unlock or unlocks[0]])
+
+
+def _is_over(collector: _Session) -> bool:
+    """Whether another collector has died, and does not only stand still.
+
+    As long as its intent is there no copy is made that could bring back a key which it is about to delete.
+    """
+    if alive.has_died(collector.intent.process, collector.id):
+        return True
+    return collector.idle_s > _HOPELESS_S
 
 
 def _adopter(key: str, raw: bytes) -> SessionId:

@@ -100,6 +100,7 @@ class Copier:
         self._check = check
         self._healed = HealedCopies(source, repository)
         self._doubts: list[_Doubt] = []
+        self._durable: set[str] = set()  # prefixes in the target
         self.counts = CopyCounts()
 
     def begin(self) -> None:
@@ -133,6 +134,7 @@ class Copier:
             InUseError: a collection runs on the replica.
         """
         if self._is_whole(manifests):
+            self._sync(manifests)
             return False
         before = self.counts.objects
         readers = [self._reader(self._held, one) for one in manifests]
@@ -164,11 +166,25 @@ class Copier:
         return self.counts.objects > before
 
     def _is_whole(self, manifests: Sequence[Manifest]) -> bool:
+        # A pack that is gone is looked at again each time, also if all that is needed of it was stored anew.
         return all(
             there(self._target, f"m/{pin_of(one)}")
-            and not self._reader(self._target, one).missing_packs(indexes=True)
+            and not self._reader(self._target, one).missing_packs(copies=False, indexes=True)
             for one in manifests
         )
+
+    def _sync(self, manifests: Iterable[Manifest]) -> None:
+        """Make durable what another copy made, which may have been killed before that was."""
+        for one in manifests:
+            sids = {one.sessions[at].sid for at, _ in one.packs()}
+            self._sync_what_is_there(f"{prefix}/{sid}" for sid in sids for prefix in "dx")
+            self._target.sync(f"m/{one.summary.disk_id}")
+
+    def _sync_what_is_there(self, prefixes: Iterable[str]) -> None:
+        """The same, below prefixes: once, since what this run makes is durable."""
+        for prefix in set(prefixes) - self._durable:
+            self._target.sync(prefix)
+            self._durable.add(prefix)
 
     def _see_that_it_is_listed(self, manifests: Iterable[Manifest]) -> None:
         for one in manifests:
@@ -183,6 +199,7 @@ class Copier:
         sids = {at: reader.manifest.sessions[at].sid for at, _ in packs}
         prefixes = [f"{prefix}/{sid}" for sid in set(sids.values()) for prefix in "dx"]
         sizes = _sizes(self._target, *prefixes)
+        self._sync_what_is_there(prefixes)
         numbers = sorted({(at, seq // PACKS_PER_INDEX) for at, seq in packs})
         with ThreadPoolExecutor(_WORKERS, thread_name_prefix="nbdpull-copy") as pool:
             tasks = [pool.submit(self._copy_pack, reader, at, seq, sizes) for at, seq in packs]
@@ -255,6 +272,7 @@ class Copier:
         try:
             key = reader.key(0, seq)
             size = reader.pack_place(0, seq).size
+            self._sync_what_is_there([f"d/{sid}", f"x/{sid}"])
             if not self._is_there(key, size, _sizes(self._target, f"d/{sid}")):
                 self._create(key, self._get_pack(reader, 0, seq))
             self._copy_index(reader, 0, number, _sizes(self._target, f"x/{sid}"))

@@ -22,13 +22,17 @@ from typing import Final
 from nbdpull.errors import InUseError, StoreError
 from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import SessionId, make_session_id
-from nbdpull.model.intent import INTENT_MAX, Intent
-from nbdpull.repo.alive import KeepAlive
+from nbdpull.model.intent import Intent
+from nbdpull.repo.alive import KeepAlive, has_died
+from nbdpull.repo.intents import read_intent
+from nbdpull.repo.marks import there
 from nbdpull.repo.store import AccessDeniedError, KeyMissingError, Store
 
 __all__ = ["CopyGuard", "check_revoked"]
 
 _NOBODY: Final = "0" * 32
+_BRINGS_MAX: Final = 16_384
+"""Sessions that one intent names, in 600 KiB; with more there are several."""
 
 
 class CopyGuard:
@@ -44,15 +48,21 @@ class CopyGuard:
             InUseError: a collection began before it.
         """
         self._target = target
-        self._own = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
-        intent = Intent(role="copy", disk=_NOBODY, brings=tuple(sorted(sids)), time=time.time())
-        target.create(f"s/{self._own}", intent.encode(self._own))
-        self._alive = KeepAlive(target, self._own)
+        self._alive: dict[SessionId, KeepAlive] = {}
+        brings = sorted(sids)
         try:
+            for at in range(0, max(len(brings), 1), _BRINGS_MAX):
+                self._begin(tuple(brings[at : at + _BRINGS_MAX]))
             _check_collectors(target)
-        except InUseError:
+        except BaseException:
             self.end()
             raise
+
+    def _begin(self, brings: tuple[SessionId, ...]) -> None:
+        own = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
+        intent = Intent(role="copy", disk=_NOBODY, brings=brings, time=time.time())
+        self._alive[own] = KeepAlive(self._target, own)
+        self._target.create(f"s/{own}", intent.encode(own))
 
     def check(self) -> None:
         """Call it when the manifests are there.
@@ -60,9 +70,7 @@ class CopyGuard:
         Raises:
             StoreError: a collector took the copy for dead meanwhile.
         """
-        try:
-            self._target.stat(f"m/{_NOBODY}/{self._own}")
-        except KeyMissingError:
+        if not any(there(self._target, f"m/{_NOBODY}/{own}") for own in self._alive):
             return
         self.stop()
         raise StoreError(
@@ -71,14 +79,16 @@ class CopyGuard:
         )
 
     def stop(self) -> None:
-        """Let the intent grow old."""
-        self._alive.stop()
+        """Let the intents grow old."""
+        for alive in self._alive.values():
+            alive.stop()
 
     def end(self) -> None:
-        """Take the intent back: the manifests hold the packs now."""
+        """Take the intents back: the manifests hold the packs now."""
         self.stop()
-        with suppress(AccessDeniedError):  # a collector takes it away some day
-            self._target.delete(f"s/{self._own}")
+        for own in self._alive:
+            with suppress(AccessDeniedError):  # a collector takes it away some day
+                self._target.delete(f"s/{own}")
 
 
 def check_revoked(target: Store) -> None:
@@ -96,14 +106,13 @@ def check_revoked(target: Store) -> None:
 
 def _check_collectors(target: Store) -> None:
     for listed in list(target.list("s")):
+        sid = listed.key.partition("/")[2]
         try:
-            intent = Intent.decode(
-                target.get(listed.key, limit=INTENT_MAX), listed.key.partition("/")[2]
-            )
+            intent = read_intent(target, sid)
         except (KeyMissingError, FormatError):
             continue
-        if intent.role == "gc":
+        if intent.role == "gc" and not has_died(intent.process, SessionId(sid)):
             raise InUseError(
-                f"a garbage collection runs on the target (or died there within a day: then delete"
-                f" {listed.key}); copy again when it is done"
+                f"a garbage collection runs on the target (or died on another host: then run 'nbdpull gc' there,"
+                f" or delete {listed.key}); copy again when it is done"
             )

@@ -56,6 +56,10 @@ class Held:
         """Nothing is written to what is copied from."""
         raise StoreError(f"{key} is not written here")
 
+    def sync(self, prefix: str) -> None:
+        """See `Store.sync`."""
+        self._below.sync(prefix)
+
     def delete(self, key: str) -> None:
         """Nothing is written to what is copied from."""
         raise StoreError(f"{key} is not deleted here")

@@ -338,6 +338,19 @@ class LocalStore:
                 elif stat.S_ISREG(state.st_mode):
                     yield Listed(key, state.st_size, state.st_mtime)
 
+    def sync(self, prefix: str) -> None:
+        """See `Store.sync`. The bytes of what has a name are durable already: its folder's entries are not."""
+        folder = self.path(prefix)
+        self.call("sync", folder, lambda: self._sync(folder))
+
+    def _sync(self, folder: Path) -> None:
+        with told("sync", folder):
+            try:
+                sync_folder(folder)
+            except FileNotFoundError:
+                return
+            self.sync_above(folder)
+
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         path = self.path(key)

@@ -105,6 +105,10 @@ def protect(store: Store, backup: BackupId, pins: Iterable[str]) -> None:
     Raises:
         RepositoryError: it is forgotten.
     """
+    # Looked for first: an object store's `create` may not tell that another one's is there already, and
+    # only one's own is taken back below.
+    if there(store, f"p/{backup}"):
+        return
     try:
         store.create(f"p/{backup}", b"")
     except KeyExistsError:
@@ -112,11 +116,17 @@ def protect(store: Store, backup: BackupId, pins: Iterable[str]) -> None:
     # A collector lists the protected after the forgotten: if this one was not forgotten by now, it sees
     # the protection before it would end the undo window.
     for pin in pins:
-        if there(store, f"f/{pin}") or there(store, f"t/{pin}"):
+        if _is_going(store, pin):
             store.delete(f"p/{backup}")
             raise RepositoryError(
                 f"backup {backup} was forgotten meanwhile; bring it back with 'nbdpull undo' first"
             )
+
+
+def _is_going(store: Store, pin: str) -> bool:
+    """Whether a manifest's backup is forgotten, and not only committed again under other sessions."""
+    forgotten = there(store, f"f/{pin}") or there(store, f"t/{pin}")
+    return forgotten and reason_of(store, pin) != REPLACED
 
 
 def unprotect(store: Store, backup: BackupId) -> None:

@@ -459,6 +459,9 @@ class ObjectStore:
         with suppress(KeyMissingError, AccessDeniedError):
             self.stat("nbdpull.json")
 
+    def sync(self, prefix: str) -> None:
+        """See `Store.sync`. What a listing of an object store has is durable."""
+
     def delete(self, key: str) -> None:
         """See `Store.delete`. A locked object is refused here.
 

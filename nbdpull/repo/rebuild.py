@@ -42,9 +42,9 @@ from nbdpull.model.index import (
     encode_table,
     index_envelope,
 )
-from nbdpull.model.intent import INTENT_MAX, Intent
 from nbdpull.model.manifest import HEAD_SIZE, manifest_envelope
 from nbdpull.model.sealing import ENVELOPE_MAX, KeyOpener, SessionKeys
+from nbdpull.repo.intents import read_intent
 from nbdpull.repo.store import KeyMissingError, Listed, Store
 from nbdpull.repo.vault import Vault
 
@@ -179,4 +179,4 @@ def _envelopes(store: Store, sid: SessionId, number: int) -> Iterator[bytes]:
             with suppress(KeyMissingError, FormatError):
                 yield manifest_envelope(store.get_range(listed.key, 0, HEAD_SIZE + ENVELOPE_MAX))
     with suppress(KeyMissingError, FormatError):
-        yield Intent.decode(store.get(f"s/{sid}", limit=INTENT_MAX), sid).keys or b""
+        yield read_intent(store, sid).keys or b""

@@ -170,13 +170,19 @@ class Repository:
 
     @classmethod
     def open(
-        cls, location: str, *, write: bool = False, keys: KeySource | None = None
+        cls,
+        location: str,
+        *,
+        write: bool = False,
+        mend: bool = False,
+        keys: KeySource | None = None,
     ) -> Repository:
         """Open a repository.
 
         Args:
             location: where it is.
             write: whether backups will be added.
+            mend: whether what is lost may be put back (`mend`), locked where all is.
             keys: what opens an encrypted one; None looks in the environment.
 
         Raises:
@@ -186,7 +192,7 @@ class Repository:
             UnsupportedFormatError: it needs a feature that this version does not know.
             DamagedError: its settings can't be read.
         """
-        store, config = cls._settings(location, write=write)
+        store, config = cls._settings(location, write=write, locks=mend)
         keys = keys or KeySource()
         vault = None
         if config.encrypted:
@@ -283,7 +289,7 @@ class Repository:
         return Slots(store, config.id, location)
 
     @staticmethod
-    def _settings(location: str, *, write: bool) -> tuple[Store, Config]:
+    def _settings(location: str, *, write: bool, locks: bool = False) -> tuple[Store, Config]:
         store = open_store(location)
         try:
             raw = store.get(CONFIG, limit=CONFIG_MAX)
@@ -301,7 +307,7 @@ class Repository:
                 f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
                 " newer nbdpull"
             )
-        if write and config.lock is not None:
+        if (write or locks) and config.lock is not None:
             lock_store(store, config.lock)
         return store, config
 
@@ -626,6 +632,7 @@ class Repository:
             (sid, int(listed.key.rpartition("/")[2], 16)): listed.size
             for sid in sids
             for listed in self._store.list(f"d/{sid}")
+            if is_hex(listed.key.rpartition("/")[2], 8)
         }
 
     # -- forgetting --------------------------------------------------------------------------------

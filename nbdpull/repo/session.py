@@ -37,7 +37,7 @@ from nbdpull.model.frame import (
     encode_footer,
 )
 from nbdpull.model.grain import FRAME_MAX, GRAIN, Kinds, segment_count
-from nbdpull.model.ids import DiskId, SessionId
+from nbdpull.model.ids import DiskId, SessionId, is_hex
 from nbdpull.model.index import FRAMES_PER_PACK, PACKS_PER_INDEX, Directory, encode_index
 from nbdpull.model.manifest import (
     MANIFEST_MAX,
@@ -50,7 +50,7 @@ from nbdpull.model.sealing import PackKeys, SessionKeys
 from nbdpull.model.segment import Segment
 from nbdpull.nbdio.errors import Cancelled
 from nbdpull.repo.adopt import Adopted
-from nbdpull.repo.alive import KeepAlive
+from nbdpull.repo.alive import KeepAlive, clocks
 from nbdpull.repo.reuse import Found, KnownFrame, Reuse
 from nbdpull.repo.sessiontable import SessionTable
 from nbdpull.repo.stages import Stages
@@ -132,7 +132,7 @@ class Session:
         self._repository = repository
         self._parent = parent
         self._level = compression_level
-        self._began = _clocks()
+        self._began = clocks()
         self._local = threading.local()
         self._lock = threading.Lock()
         self._pack: _Pack | None = None
@@ -465,8 +465,10 @@ class Session:
     def _check_listing(self) -> None:
         found = 0
         for entry in self._store.list(f"d/{self.id}"):
-            seq = int(entry.key.rpartition("/")[2], 16)
-            expected = self._sizes.get(seq)
+            name = entry.key.rpartition("/")[2]
+            if not is_hex(name, 8):
+                continue  # nobody's pack
+            expected = self._sizes.get(int(name, 16))
             if entry.size != expected:
                 raise StoreError(
                     f"the store lists {entry.key} with {entry.size} bytes, expected {expected};"
@@ -502,7 +504,7 @@ class Session:
         if (summary.disk_id, summary.session) != (self.disk_id, self.id):
             raise ValueError("the summary is of another disk or session")
         self.seal()
-        age_s = max(now - then for now, then in zip(_clocks(), self._began, strict=True))
+        age_s = max(now - then for now, then in zip(clocks(), self._began, strict=True))
         if age_s > _COMMIT_WITHIN_S:
             raise RepositoryError(
                 f"session {self.id} began {age_s / 86400:.0f} days ago, at most 30 may pass to its"
@@ -582,8 +584,3 @@ class Session:
         if pack is not None:
             self._drop(pack)
         self._background.shutdown(wait=False)
-
-
-def _clocks() -> tuple[float, float]:
-    # The first stands still while a VM is paused, the second may be set: the later one is believed.
-    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()

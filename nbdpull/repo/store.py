@@ -126,6 +126,12 @@ class Store(Protocol):
         An object whose key *is* the prefix is not below it: that is what `stat` is for.
         """
 
+    def sync(self, prefix: str) -> None:
+        """Make durable what `list` shows below `prefix`, whoever made it.
+
+        Its maker may have been killed when it could be seen already, and was not durable yet.
+        """
+
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error.
 

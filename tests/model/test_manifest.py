@@ -13,8 +13,10 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdpull.errors import RepositoryError
+from nbdpull.model import manifest as manifest_module
 from nbdpull.model.frame import FormatError
-from nbdpull.model.grain import GRAIN, SEGMENT
+from nbdpull.model.grain import DISK_MAX, GRAIN, SEGMENT
 from nbdpull.model.ids import SessionId
 from nbdpull.model.manifest import (
     HEAD_SIZE,
@@ -40,6 +42,16 @@ def forged(body: object, head: bytes | None = None) -> bytes:
     lengths = b"".join(n.to_bytes(4, "little") for n in (len(top), len(packed), len(inner)))
     raw = head or b"NBDPMAN1" + b"\1\0\0\0" + lengths + bytes.fromhex(REPOSITORY)
     raw += blake3(top).digest() + bytes(8) + top + packed
+    return raw + blake3(raw).digest()
+
+
+def _with_summary(top: object, body: object) -> bytes:
+    """The same, also around a summary that nobody would write."""
+    outer, inner = cbor2.dumps(top), cbor2.dumps(body)
+    packed = zstandard.compress(inner)
+    lengths = b"".join(n.to_bytes(4, "little") for n in (len(outer), len(packed), len(inner)))
+    raw = b"NBDPMAN1\1\0\0\0" + lengths + bytes.fromhex(REPOSITORY)
+    raw += blake3(outer).digest() + bytes(8) + outer + packed
     return raw + blake3(raw).digest()
 
 
@@ -283,3 +295,29 @@ def test_a_mark_names_who_took_a_session_over_and_no_digit_of_it_can_flip() -> N
             adopter(mark[:at])
     with pytest.raises(FormatError):
         adopter(mark + b"x")
+
+
+def test_what_no_reader_would_take_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = manifest().encode()
+    body = int.from_bytes(raw[20:24], "little")
+    monkeypatch.setattr(manifest_module, "_BODY_MAX", body)
+    assert Manifest.decode(manifest().encode()) == manifest()
+    monkeypatch.setattr(manifest_module, "_BODY_MAX", body - 1)
+    with pytest.raises(RepositoryError, match=f"takes {body} bytes, at most {body - 1}.*repack"):
+        manifest().encode()
+    monkeypatch.undo()
+    with pytest.raises(RepositoryError, match="can be read again"):
+        replace(manifest(), summary=replace(summary(), tags=("x" * (1 << 20),))).encode()
+
+
+def test_a_disk_of_no_size_that_can_be_takes_no_memory() -> None:
+    size = DISK_MAX + 1
+    count = -(-size // SEGMENT)
+    body = _body() | {"present": bytes(-(-count // 8))}
+    top = cbor2.loads(_summary_bytes()) | {"size": size}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FormatError, match=f"'size' is {size}, at most"):
+        Manifest.decode(_with_summary(top, body))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+    with pytest.raises(RepositoryError, match="can be read again"):
+        replace(manifest(), summary=replace(summary(), size=size)).encode()

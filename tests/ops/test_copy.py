@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,10 @@ from nbdpull.errors import (
     StoreError,
     UsageError,
 )
+from nbdpull.model.ids import SessionId
 from nbdpull.model.intent import Intent
 from nbdpull.model.manifest import REVOKED
-from nbdpull.repo import alive
+from nbdpull.repo import alive, copyguard
 from nbdpull.repo.local import LocalStore
 from nbdpull.repo.repository import Repository
 from nbdpull.repo.store import AccessDeniedError
@@ -195,6 +197,67 @@ def test_what_was_forgotten_in_the_replica_does_not_come_back(world: World) -> N
     nbdpull.gc(world.target, undo_window_s=0)
     assert world.copy().forgotten == (world.ids[0],)
     assert [backup.backup for backup in nbdpull.list_backups(world.target)] == world.ids[1:]
+
+
+def test_what_was_forgotten_in_the_replica_does_not_come_back_when_the_source_repacks_it(
+    world: World,
+) -> None:
+    world.copy()
+    nbdpull.forget(world.target, [world.ids[1]])
+    nbdpull.forget(world.source, [world.ids[0]])
+    assert world.ids[1] in nbdpull.repack(world.source, ratio=1.0).backups
+    assert world.copy().forgotten == (world.ids[1],)
+    left = [backup.backup for backup in nbdpull.list_backups(world.target)]
+    assert left == [world.ids[0], world.ids[2]]
+
+
+def test_what_was_repacked_takes_the_place_of_what_it_was_in_the_replica_too(
+    world: World, tmp_path: Path
+) -> None:
+    world.copy()
+    nbdpull.forget(world.source, [world.ids[0]])
+    nbdpull.gc(world.source, undo_window_s=0)
+    assert nbdpull.repack(world.source, ratio=1.0).backups
+    nbdpull.forget(world.target, [world.ids[0]])
+    assert list(world.copy().copied) == world.ids[1:]
+    done = nbdpull.gc(world.target, undo_window_s=0)
+    nbdpull.gc(world.source, undo_window_s=0)
+    assert done.manifests == 6
+    assert world.objects(world.target) == world.objects(world.source)
+    for backup in world.ids[1:]:
+        world.check(backup, tmp_path / backup)
+
+
+def test_more_sessions_than_one_intent_can_name(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    intents: list[int] = []
+    begin = copyguard.CopyGuard._begin
+
+    def counted(self: copyguard.CopyGuard, brings: tuple[SessionId, ...]) -> None:
+        intents.append(len(brings))
+        begin(self, brings)
+
+    monkeypatch.setattr(copyguard.CopyGuard, "_begin", counted)
+    monkeypatch.setattr(copyguard, "_BRINGS_MAX", 2)
+    world.copy(world.ids[2])
+    assert intents == [2, 2, 2]
+    assert not list(local(world.target).list("s"))
+    world.check(world.ids[2], tmp_path / "out")
+
+
+def test_an_intent_that_is_longer_than_any_is_damage_and_no_end(world: World) -> None:
+    world.copy(world.ids[0])
+    store = local(world.target)
+    store.create(f"s/{'ab' * 16}", b"{" * (2 << 20))
+    world.copy()
+    with pytest.raises(DamagedError, match="more than 1048576 bytes"):
+        nbdpull.gc(world.target)
+    path = store.path(f"s/{'ab' * 16}")
+    then = path.stat().st_mtime - 32 * 86400
+    os.utime(path, (then, then))
+    nbdpull.gc(world.target)
+    assert not path.exists()
 
 
 def test_a_replica_takes_no_backups_until_it_is_made_an_original(world: World) -> None:

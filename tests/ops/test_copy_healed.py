@@ -87,6 +87,24 @@ def test_a_pack_that_is_lost_and_healed_stays_behind(
     check(history, tmp_path / "replica")
 
 
+def test_a_pack_that_the_replica_loses_comes_back_although_some_of_it_was_healed(
+    history: History, tmp_path: Path
+) -> None:
+    damage(history, count=1)
+    history.back_up(parent=history.manifests[-1])
+    replica = tmp_path / "replica"
+    nbdpull.copy(history.repository.location, replica)
+    records = Repository.open(str(replica)).damage
+    records._load()
+    (place,) = records._copies
+    lost = replica / "d" / place.session / f"{place.seq:08x}"
+    lost.unlink()
+    again = nbdpull.copy(history.repository.location, replica)
+    # The damaged frame keeps the source's pack from being copied as it is: what is needed of it is not there.
+    assert again.copied or lost.exists()
+    check(history, replica)
+
+
 def test_damage_that_nothing_healed_is_not_copied(history: History, tmp_path: Path) -> None:
     damage(history, count=2)
     history.source.write(

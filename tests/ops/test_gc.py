@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -269,13 +271,45 @@ def test_a_writer_that_began_before_the_tombstone_wins_and_one_after_is_refused(
         repo.repository.begin(vm=VM, disk="vda", parent=parent)
 
 
-def test_intents_of_dead_collectors_go_after_a_day(repo: Retained) -> None:
+def test_intents_of_collectors_go_when_they_are_known_to_have_died_or_may_delete_no_more(
+    repo: Retained,
+) -> None:
+    """One that stands still may go on to delete what it has listed: a copy must see it as long as that."""
     collect(repo)
     repo.store.create("s/" + "ab" * 16, Intent(role="gc", disk="").encode("ab" * 16))
+    repo.age("s", 30 * DAY)
     assert collect(repo).others == 0
     repo.age("s", 1.1 * DAY)
     assert collect(repo).others == 1
+    dead = subprocess.run(
+        [sys.executable, "-c", "from nbdpull.repo.alive import process_token as t; print(t())"],
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout.strip()
+    intent = Intent(role="gc", disk="", process=dead)
+    repo.store.create("s/" + "cd" * 16, intent.encode("cd" * 16))
+    assert collect(repo).others == 1
     assert repo.objects("s") == []
+
+
+def test_a_collector_that_stood_still_for_a_month_deletes_nothing_any_more(
+    repo: Retained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbdpull.forget(repo.path, repo.ids)
+    before = repo.objects("d")
+    real = alive_module.clocks
+    late = iter([0.0, 0.0, *(31 * DAY for _ in range(10_000))])
+
+    def clocks() -> tuple[float, float]:
+        ahead = next(late)
+        return real()[0], real()[1] + ahead
+
+    monkeypatch.setattr(alive_module, "clocks", clocks)
+    one = Collector(repo.store, decode=repo.repository._decode, undo_window_s=0, workers=1)
+    with pytest.raises(RepositoryError, match="31 days ago, at most 30 may pass"):
+        one.run()
+    assert repo.objects("d") == before
 
 
 # -- what can't be read --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from nbdpull.errors import (
     WrongKeyError,
 )
 from nbdpull.model.frame import FrameKind
+from nbdpull.model.grain import GRAIN
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import Summary
 from nbdpull.repo.local import LocalStore
@@ -232,6 +233,58 @@ def test_a_part_of_the_target_that_was_lost_is_not_built_on(world: Rekeyed, tmp_
         store.delete(listed.key)
     world.rekey(world.ids[2])
     world.check(world.ids[2], tmp_path / "r")
+
+
+def rot(world: Rekeyed, backup: str) -> None:
+    """Flip a bit of a frame of a backup in the target, and put that on record."""
+    opened = world.opened()
+    manifest = opened.manifest(opened.find(backup).disks[0])
+    row = list(opened.reader(manifest).segment(0))[1]
+    path = LocalStore(Path(world.target)).path(
+        f"d/{manifest.sessions[row.session].sid}/{row.seq:08x}"
+    )
+    raw = bytearray(path.read_bytes())
+    raw[row.offset + 64 + 5] ^= 1
+    path.write_bytes(raw)
+    assert nbdpull.verify(world.target, keys=world.target_keys).recorded == 1
+
+
+def test_what_the_target_has_on_record_as_lost_is_not_built_on(
+    world: Rekeyed, tmp_path: Path
+) -> None:
+    world.rekey(world.ids[0])
+    rot(world, world.ids[0])
+    assert list(world.rekey(*world.ids[1:]).copied) == world.ids[1:]
+    for backup in world.ids[1:]:
+        world.check(backup, tmp_path / backup)
+
+
+def test_nor_is_a_lost_frame_found_by_its_digest(world: Rekeyed, tmp_path: Path) -> None:
+    world.rekey(world.ids[0])
+    rot(world, world.ids[0])
+    source = Repository.open(world.source, write=True, keys=world.keys)
+    disk = Disk(80 * GRAIN, dict(world.states[0]["vda"].grains))
+    other = add_backup(source, {"vda": disk}, vm="other", time=9.0)["vda"].summary.backup
+    assert list(world.rekey(other).copied) == [other]
+    nbdpull.restore(world.target, other, tmp_path / "out", keys=world.target_keys)
+    assert (tmp_path / "out" / "vda.raw").read_bytes() == disk.content()
+
+
+def test_a_map_that_the_target_lost_is_done_without(world: Rekeyed, tmp_path: Path) -> None:
+    world.rekey(world.ids[0])
+    opened = world.opened()
+    manifest = opened.manifest(opened.find(world.ids[0]).disks[0])
+    ref = manifest.segments[0]
+    assert ref is not None
+    path = LocalStore(Path(world.target)).path(
+        f"d/{manifest.sessions[ref.session].sid}/{ref.seq:08x}"
+    )
+    raw = bytearray(path.read_bytes())
+    raw[ref.offset + 64 + 5] ^= 1
+    path.write_bytes(raw)
+    assert list(world.rekey(*world.ids[1:]).copied) == world.ids[1:]
+    for backup in world.ids[1:]:
+        world.check(backup, tmp_path / backup)
 
 
 @pytest.mark.parametrize("which", ["source", "target"])

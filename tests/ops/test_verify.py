@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import nbdpull
 from nbdpull.errors import BackupNotFoundError, StoreError
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.grain import GRAIN
@@ -22,6 +23,7 @@ from nbdpull.repo.local import LocalStore
 from nbdpull.repo.ranges import Fetched
 from nbdpull.repo.repository import DiskReader, Repository
 from tests.ops.builder import VM, Disk, add_backup
+from tests.ops.retained import retained
 from tests.ops.test_restore import flip, packs
 from tests.target.helpers import MIB, disk_bytes
 
@@ -400,3 +402,13 @@ def test_an_index_that_is_damaged_is_told_and_costs_no_frame(repository: Reposit
     assert not run(repository).ok
     assert run(repository).ok
     assert store.path(key).read_bytes() == before
+
+
+@pytest.mark.parametrize("level", ["list", "sample", "full"])
+def test_what_is_no_pack_is_passed_over_and_stands_for_none(tmp_path: Path, level: str) -> None:
+    repo = retained(tmp_path / "repo")
+    pack = repo.store.path(repo.objects("d")[0])
+    (pack.parent / "old").write_bytes(b"x")
+    assert nbdpull.verify(repo.path, level=level).ok
+    pack.rename(pack.parent / "0")
+    assert not nbdpull.verify(repo.path, level=level, record=False).ok

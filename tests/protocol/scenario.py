@@ -33,7 +33,7 @@ def play(seed: int, *, kills: float = 0.0) -> Outcome:  # noqa: C901 - a case is
         AssertionError: something that was acknowledged is lost.
     """
     rng = random.Random(seed)
-    world, store = World(), MemoryStore()
+    world, store = World(), MemoryStore(same_is_own=rng.random() < 0.5)
     first = world.back_up(store, random.Random(rng.random()))
     if rng.random() < 0.3:
         world.back_up(store, random.Random(rng.random()))

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from nbdpull.errors import StoreError
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Listed, Store, Upload
 
 __all__ = ["Gate", "Killed", "MemoryStore", "WatchedStore"]
@@ -24,9 +25,11 @@ class MemoryStore:
 
     Attributes:
         age_s: how much older than now an object looks, by its key.
+        same_is_own: `create` returns where the very same bytes are there, as object stores do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, same_is_own: bool = False) -> None:
+        self.same_is_own = same_is_own
         self._lock = threading.Lock()
         self._objects: dict[str, bytes] = {}
         self.age_s: Callable[[str], float] = lambda _key: 0.0
@@ -34,6 +37,8 @@ class MemoryStore:
     def create(self, key: str, data: bytes) -> None:
         with self._lock:
             if key in self._objects:
+                if self.same_is_own and self._objects[key] == data:
+                    return
                 raise KeyExistsError(f"{key} exists already")
             self._objects[key] = bytes(data)
 
@@ -41,7 +46,10 @@ class MemoryStore:
         return _MemoryUpload(self, key)
 
     def get(self, key: str, *, limit: int) -> bytes:
-        return self.get_range(key, 0, limit)
+        raw = self.get_range(key, 0, limit + 1)
+        if len(raw) > limit:
+            raise StoreError(f"{key} has more than {limit} bytes")
+        return raw
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._lock:
@@ -66,6 +74,9 @@ class MemoryStore:
         while (found := self.next_after(prefix, last)) is not None:
             yield found
             last = found.key
+
+    def sync(self, prefix: str) -> None:
+        pass
 
     def delete(self, key: str) -> None:
         with self._lock:
@@ -126,6 +137,10 @@ class WatchedStore:
             if listed is None:
                 return
             yield listed
+
+    def sync(self, prefix: str) -> None:
+        with self._gate("sync", prefix):
+            self._inner.sync(prefix)
 
     def delete(self, key: str) -> None:
         with self._gate("delete", key):

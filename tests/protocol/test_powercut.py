@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdpull.errors import StoreError
+from nbdpull.model.grain import GRAIN
 from nbdpull.repo.local import LocalStore
 from tests.protocol.oslog import Event, OsLog, Survivors, dropping
 from tests.protocol.powercut import PowerCut
-from tests.protocol.world import memory_repositories
+from tests.protocol.world import World, memory_repositories
+from tests.repo.helpers import store_changes, summary_for
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,49 @@ def _without(name: str, recording: object) -> object:
             yield
 
     return record
+
+
+def test_what_a_killed_run_had_not_synced_is_synced_by_who_builds_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between giving a pack its name and syncing the folder; the next run takes the pack over."""
+    root = tmp_path / "repo"
+    root.mkdir()
+    world, log = World(), OsLog(root)
+    size = 64 * GRAIN
+    changes = {at: random.Random(at).randbytes(GRAIN) for at in (0, 3, 17)}
+
+    class Died(Exception):
+        pass
+
+    with log.recording():
+        repository = world.repository(LocalStore(root))
+        session = repository.begin(vm="vm", disk="vda", parent=None)
+        store_changes(session, None, size, changes)
+        fsync = os.fsync
+
+        def dying(fd: int) -> None:
+            if Path(f"/proc/self/fd/{fd}").readlink().name == session.id:
+                raise Died
+            fsync(fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", dying)
+            with pytest.raises((Died, StoreError)):
+                session.seal()
+        session.abandon()
+        repository = world.repository(LocalStore(root))
+        after = repository.begin(vm="vm", disk="vda", parent=None)
+        assert after.adopted.packs == 1
+        store_changes(after, None, size, changes)
+        manifest = after.commit(summary_for(after, size=size, backup="ab" * 8))
+    survivors = Survivors()
+    for event in log.events:
+        survivors.add(event)
+    survivors.write_to(tmp_path / "after", lambda: False)
+    left = world.repository(LocalStore(tmp_path / "after"))
+    assert [one.id for one in left.backups()] == ["ab" * 8]
+    assert left.reader(left.manifest(manifest.summary)).missing_packs(indexes=True) == []
 
 
 # -- the log itself --------------------------------------------------------------------------------

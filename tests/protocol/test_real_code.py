@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from nbdpull.errors import Error, RepositoryError, StoreError
+from nbdpull.errors import Error, InUseError, RepositoryError, StoreError
+from nbdpull.model.damage import HealedFrame, Place
 from nbdpull.model.ids import SessionId
 from nbdpull.model.manifest import Manifest
 from nbdpull.repo.repository import Repository, Session
 from nbdpull.repo.store import Listed
 from tests.protocol.mutants import MUTANTS
 from tests.protocol.scenario import play
-from tests.protocol.stores import MemoryStore, WatchedStore
+from tests.protocol.stores import Killed, MemoryStore, WatchedStore
 from tests.protocol.world import World, memory_repositories
 from tests.repo.helpers import store_changes, summary_for
 
@@ -25,7 +26,7 @@ DAY = 86400.0
 
 @pytest.mark.parametrize("seed", range(0, 60, 12))
 def test_nothing_is_lost_in_random_schedules(seed: int) -> None:
-    """`scripts/soak --schedules` plays thousands."""
+    """`scripts/torture schedules` plays thousands."""
     for one in range(seed, seed + 12):
         played = play(one, kills=0.2 * (one % 2))
         assert played.calls > 50
@@ -278,3 +279,102 @@ def test_a_listing_that_lags_is_told_by_writers_and_collectors() -> None:
     with pytest.raises(RepositoryError, match="its listings lag"):
         world.collect(late)
     world.check(store)
+
+
+# -- what is made while a collector is at work ---------------------------------------------------------
+
+
+def test_what_is_forgotten_while_a_collector_works_stays_forgotten(scene: Scene) -> None:
+    """The collector has listed the manifests when the backup is made that is forgotten."""
+    repository = scene.world.repository(scene.store)
+    seen = []
+
+    def act() -> None:
+        scene.session(parent=False)()
+        repository.forget(repository.find("f" * 16).pins, "asked for")
+        seen.append([one.id for one in repository.backups()])
+
+    scene.collect(("list", "b"), act)
+    assert seen
+    assert [one.id for one in repository.backups()] == seen[0] == [scene.first]
+
+
+def test_what_is_healed_while_a_collector_works_stays_on_record(scene: Scene) -> None:
+    made: list[str] = []
+
+    def act() -> None:
+        scene.session(parent=False)()
+        repository = scene.world.repository(scene.store)
+        summary = repository.find("f" * 16).disks[0]
+        sid = SessionId("cd" * 16)
+        row = HealedFrame(
+            damaged=Place(summary.session, 0, 128),
+            copy=Place(sid, 0, 128),
+            clen=10,
+            rlen=100,
+            digest=bytes(32),
+            index=bytes(32),
+        )
+        repository.damage.add_healed(sid, [row])
+        made.extend(one.key for one in scene.store.list("b"))
+
+    scene.collect(("list", "b"), act)
+    assert made
+    assert [one.key for one in scene.store.list("b")] == made
+
+
+def test_a_collector_that_stands_still_for_days_is_seen_by_copies() -> None:
+    """A copy brings keys back that a collector has listed for deletion: the only writer that does so."""
+    with memory_repositories():
+        world, store, replica = World(), MemoryStore(), MemoryStore()
+        replica.create("replica.json", b"{}")
+        replica.create("nbdpull.json", world.config.encode())
+        world.back_up(store, random.Random(1))
+
+        @contextmanager
+        def dies(name: str, key: str) -> Iterator[None]:
+            if name == "create" and key.startswith("m/"):
+                raise Killed
+            yield
+
+        with suppress(Killed):
+            world.copy(store, WatchedStore(replica, dies))
+        assert list(replica.list("d"))
+        replica.age_s = lambda key: 2 * DAY if key < "s/g" else 0.0
+        now = replica.stat
+        refused: list[str] = []
+
+        def stat(key: str) -> Listed:
+            """Of the collector's own intent: the store's clock."""
+            found = now(key)
+            return Listed(key, found.size, 1e9) if key.startswith("s/") else found
+
+        replica.stat = stat  # type: ignore[method-assign]
+
+        @contextmanager
+        def gate(name: str, key: str) -> Iterator[None]:
+            if not refused and name == "delete" and key.startswith("d/"):
+                world.collect(replica)  # another one, by whose clock the first idles for two days
+                with pytest.raises(InUseError) as told:
+                    world.copy(store, replica)
+                refused.append(str(told.value))
+            yield
+
+        world.collect(WatchedStore(replica, gate))
+        assert refused
+        world.copy(store, replica)
+        world.check(replica)
+
+
+def test_protecting_beside_a_repack_leaves_what_is_protected_so() -> None:
+    world, store = World(), MemoryStore(same_is_own=True)
+    name = world.back_up(store, random.Random(1))
+    repository = world.repository(store)
+    backup = repository.find(name)
+    repository.protect(backup)
+    repository.forget_replaced(backup.pins)
+    repository.protect(backup)
+    assert [one.key for one in store.list("p")] == [f"p/{name}"]
+    store.delete(f"p/{name}")
+    repository.protect(backup)
+    assert [one.key for one in store.list("p")] == [f"p/{name}"]

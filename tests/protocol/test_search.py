@@ -9,7 +9,7 @@ from tests.protocol.model import ADOPTION, Config, Mutant, search
 
 @pytest.mark.parametrize(("writers", "collectors"), [(1, 2), (2, 1)])
 def test_nothing_is_lost_in_any_interleaving(writers: int, collectors: int) -> None:
-    """`scripts/search-protocol` does two of both, which takes minutes."""
+    """`scripts/torture search` does two of both, which takes minutes."""
     found = search(Config(writers=writers, collectors=collectors))
     assert found.trace == ()
     assert found.states > 40_000
