@@ -206,7 +206,7 @@ class Collector:
         self._workers = workers
         self._host = host
         self._references = _References()
-        self._ended: set[str] = set()  # tombstones that a dry run would make
+        self._ended: set[str] = set()  # tombstones that this run made, or a dry run would
         self._hopeless: list[Listed] = []
         self._unread: list[tuple[Listed, DamagedError]] = []  # intents, of this round
         self._alive: dict[str, list[Listed]] = {}
@@ -258,9 +258,10 @@ class Collector:
         for _ in range(_ROUNDS):
             self._looked_at = alive.clocks()
             self._end_undo()
-            doomed = frozenset(tombstones(self._store)) | self._ended
+            made = tombstones(self._store)
             # Of what is made later nothing here can tell what it is for.
             marks = [listed for prefix in "fb" for listed in self._store.list(prefix)]
+            doomed = self._doomed(made, marks)
             objects = self._list_objects()
             sessions = self._list_sessions(objects)
             self._revoke(sessions)
@@ -274,7 +275,7 @@ class Collector:
                     spared = _Spared(self._references, live | adopted)
                     needed, copies = kept_packs(self._store, self._repository, spared)
                     self._references.add_packs(needed)
-                if self._is_current(doomed):
+                if self._is_current(made):
                     self.collected.live = sorted(one.id for one in sessions if one.id in live)
                     return _View(
                         doomed,
@@ -292,9 +293,24 @@ class Collector:
             f"other collectors were ahead {_ROUNDS} times; nothing was deleted; run it again later"
         )
 
-    def _is_current(self, doomed: Collection[str]) -> bool:
-        """Whether no manifest was doomed since `doomed` was read, so that none can have gone either."""
-        return set(tombstones(self._store)) <= set(doomed)
+    def _doomed(self, made: Mapping[str, float], marks: Iterable[Listed]) -> frozenset[str]:
+        """What is to be deleted: tombstones that this run made, or whose undo window is over.
+
+        A host that may only add objects can make marks, too. What it marks is hidden, and still there for as
+        long as it takes somebody to see that.
+        """
+        forgotten = {one.key.partition("/")[2]: one.modified for one in marks if one.key[0] == "f"}
+        due = {
+            pin
+            for pin, when in made.items()
+            if self._undo_window_s <= 0
+            or self._now - forgotten.get(pin, when) >= self._undo_window_s
+        }
+        return frozenset(due | self._ended)
+
+    def _is_current(self, made: Collection[str]) -> bool:
+        """Whether no tombstone was made since `made` was read, so that no manifest can have gone either."""
+        return set(tombstones(self._store)) <= set(made)
 
     def _end_undo(self) -> None:
         """Make what was forgotten long enough ago final: all manifests of a backup together."""
@@ -330,11 +346,10 @@ class Collector:
                 return
         except KeyMissingError:
             return
-        if self._dry_run:
-            self._ended.add(pin)
-            return
-        with suppress(KeyExistsError):
-            self._store.create(f"t/{pin}", b"")
+        self._ended.add(pin)
+        if not self._dry_run:
+            with suppress(KeyExistsError):
+                self._store.create(f"t/{pin}", b"")
 
     def _list_objects(self) -> Mapping[str, Sequence[Listed]]:
         """Packs and indexes, by session."""

@@ -412,6 +412,36 @@ def test_intents_in_each_others_place_stop_all_deleting(repo: Retained) -> None:
         assert repo.repository.reader(made).missing_packs(indexes=True) == []
 
 
+@pytest.mark.parametrize("marks", ["t", "ft"])
+def test_marks_that_a_stolen_host_makes_delete_nothing_before_the_undo_window_is_over(
+    repo: Retained, tmp_path: Path, marks: str
+) -> None:
+    for mark in marks:
+        for key in repo.objects("m"):
+            repo.store.create(f"{mark}/{key.partition('/')[2]}", b"")
+    packs = repo.objects("d")
+    repo.age("f", 6 * DAY)
+    repo.age("t", 6 * DAY)
+    for dry_run in (True, False):
+        done = collect(repo, dry_run=dry_run, undo_window_s=7 * DAY)
+        assert (done.packs, done.manifests) == (0, 0)
+    assert repo.objects("d") == packs
+    # Whoever may delete takes the marks away, and all is as it was.
+    for key in [*repo.objects("f"), *repo.objects("t")]:
+        repo.store.delete(key)
+    for number in range(3):
+        repo.check(number, tmp_path / "out")
+
+
+def test_marks_are_followed_once_the_undo_window_is_over(repo: Retained) -> None:
+    for key in repo.objects("m"):
+        repo.store.create(f"t/{key.partition('/')[2]}", b"")
+    repo.age("t", 8 * DAY)
+    done = collect(repo, undo_window_s=7 * DAY)
+    assert done.manifests == 6
+    assert repo.objects("d") == []
+
+
 class Locked(LocalStore):
     """Refuses to delete packs."""
 

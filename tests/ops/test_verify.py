@@ -404,8 +404,10 @@ def test_an_index_that_is_damaged_is_told_and_costs_no_frame(repository: Reposit
     assert store.path(key).read_bytes() == before
 
 
-@pytest.mark.parametrize("level", ["list", "sample", "full"])
-def test_what_is_no_pack_is_passed_over_and_stands_for_none(tmp_path: Path, level: str) -> None:
+@pytest.mark.parametrize("level", VerifyLevel)
+def test_what_is_no_pack_is_passed_over_and_stands_for_none(
+    tmp_path: Path, level: VerifyLevel
+) -> None:
     repo = retained(tmp_path / "repo")
     pack = repo.store.path(repo.objects("d")[0])
     (pack.parent / "old").write_bytes(b"x")

@@ -50,6 +50,9 @@ class MemoryStore:
             if key.startswith(f"{prefix}/" if prefix else ""):
                 yield self.stat(key)
 
+    def sync(self, prefix: str) -> None:
+        pass
+
     def delete(self, key: str) -> None:
         raise KeyMissingError(key)
 
