@@ -46,7 +46,14 @@ from nbdpull.repo import alive
 from nbdpull.repo.damage import Pack, kept_packs, stale_records
 from nbdpull.repo.intents import read_intent
 from nbdpull.repo.marks import REPLACED, read_marks, reason_of, there, tombstones
-from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, Store
+from nbdpull.repo.store import (
+    AccessDeniedError,
+    KeyExistsError,
+    KeyMissingError,
+    Listed,
+    LostBytesError,
+    Store,
+)
 
 __all__ = ["Collected", "Collector"]
 
@@ -346,6 +353,8 @@ class Collector:
                 return
         except KeyMissingError:
             return
+        except LostBytesError as exc:
+            _log.debug("%s: it is deleted with its backup", exc)
         self._ended.add(pin)
         if not self._dry_run:
             with suppress(KeyExistsError):
@@ -537,11 +546,11 @@ class Collector:
     def _manifest(self, pin: str) -> Manifest | None:
         """The manifest of a register, None when it holds a mark instead."""
         key = f"m/{pin}"
-        raw = self._store.get(key, limit=MANIFEST_MAX)
-        kind = register_kind(raw)
-        if kind == "revoked":
-            return None
         try:
+            raw = self._get_register(key)
+            kind = register_kind(raw)
+            if kind == "revoked":
+                return None
             if kind == "adopted":
                 disk = pin.partition("/")[0]
                 self._references.adopters[pin] = f"{disk}/{_adopter(key, raw)}"
@@ -553,6 +562,12 @@ class Collector:
                 f" repaired, forget it with 'nbdpull forget {key}'",
                 key=key,
             ) from exc
+
+    def _get_register(self, key: str) -> bytes:
+        try:
+            return self._store.get(key, limit=MANIFEST_MAX)
+        except LostBytesError as exc:
+            raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
 
     # -- deleting ----------------------------------------------------------------------------------
 

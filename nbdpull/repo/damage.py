@@ -245,9 +245,9 @@ def kept_packs(
     by_pack: dict[Pack, set[Pack]] = {}
     whole: set[SessionId] = set()
     for listed, record in _read_records(store, repository):
-        if isinstance(record, StoreError):
+        if isinstance(record, StoreError) and not isinstance(record, FormatError):
             raise record
-        if isinstance(record, FormatError):
+        if not isinstance(record, Record):
             _log.warning(
                 "%s is damaged (%s): no pack of its session is deleted", listed.key, record
             )

@@ -29,7 +29,14 @@ from typing import Final, TypeVar
 from nbdpull.errors import StoreError
 from nbdpull.repo.calls import Told
 from nbdpull.repo.deadline import Deadline, current, directly_in_time, ended_in_time, in_time
-from nbdpull.repo.store import AccessDeniedError, KeyExistsError, KeyMissingError, Listed, check_key
+from nbdpull.repo.store import (
+    AccessDeniedError,
+    KeyExistsError,
+    KeyMissingError,
+    Listed,
+    LostBytesError,
+    check_key,
+)
 
 __all__ = ["LocalStore", "folder_call", "sync_folder", "told"]
 
@@ -422,6 +429,9 @@ def _missing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        if exc.errno == errno.EIO:
+            # What a disk, btrfs or ZFS answers for the one block that it has lost; the others can be read.
+            raise LostBytesError(f"can't read {path}: {exc.strerror}") from exc
         if exc.errno not in _NO_OBJECT:
             raise
         raise KeyMissingError(f"{path} is missing") from exc

@@ -20,7 +20,7 @@ from typing import Any, Final
 from nbdpull.errors import RepositoryError
 from nbdpull.model.ids import BackupId, is_hex
 from nbdpull.model.intent import is_pin
-from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, LostBytesError, Store
 
 __all__ = [
     "REPLACED",
@@ -93,7 +93,7 @@ def reason_of(store: Store, pin: str) -> str:
     """Why a manifest was forgotten, as far as its mark can tell."""
     try:
         fields: Any = json.loads(store.get(f"f/{pin}", limit=_MARK_MAX))
-    except (KeyMissingError, ValueError, RecursionError):
+    except (KeyMissingError, LostBytesError, ValueError, RecursionError):
         return ""
     reason = fields.get("reason") if isinstance(fields, dict) else None
     return reason if isinstance(reason, str) else ""

@@ -17,7 +17,7 @@ from typing import Final
 
 from nbdpull.model.frame import HEADER_SIZE
 from nbdpull.model.segment import Interval
-from nbdpull.repo.store import KeyMissingError, Store
+from nbdpull.repo.store import KeyMissingError, LostBytesError, Store
 
 __all__ = ["RANGE_MAX", "Fetched", "joined"]
 
@@ -47,7 +47,7 @@ class _Part:
         if self.raw is None:
             try:
                 self.raw = memoryview(store.get_range(self.key, self.start, self.end - self.start))
-            except KeyMissingError:
+            except (KeyMissingError, LostBytesError):
                 self.raw = memoryview(b"")
 
 

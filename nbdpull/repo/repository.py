@@ -69,7 +69,7 @@ from nbdpull.repo.reuse import Found, KnownFrame
 from nbdpull.repo.reuseplan import ReusePlan, pin_of
 from nbdpull.repo.session import Session
 from nbdpull.repo.sessiontable import SessionTable
-from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, LostBytesError, Store
 from nbdpull.repo.vault import Vault
 
 if TYPE_CHECKING:
@@ -445,6 +445,8 @@ class Repository:
             raw = self._store.get(key, limit=MANIFEST_MAX)
         except KeyMissingError as exc:
             raise DamagedError(f"manifest {key} is missing", key=key) from exc
+        except LostBytesError as exc:
+            raise DamagedError(f"manifest {key} is damaged: {exc}", key=key) from exc
         return self._decode(key, raw)
 
     def _decode(self, key: str, raw: bytes) -> Manifest:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nbdpull.errors import StoreError
+from nbdpull.model.frame import FormatError
 
 __all__ = [
     "AccessDeniedError",
     "KeyExistsError",
     "KeyMissingError",
     "Listed",
+    "LostBytesError",
     "Store",
     "Upload",
     "check_key",
@@ -44,6 +46,10 @@ class AccessDeniedError(StoreError):
 
 class KeyMissingError(StoreError):
     """There is no object under that key."""
+
+
+class LostBytesError(StoreError, FormatError):
+    """The storage says that it has lost bytes of an object (EIO): it is damaged, like one with other bytes."""
 
 
 @dataclass(frozen=True, slots=True)
