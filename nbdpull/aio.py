@@ -18,6 +18,7 @@ from nbdpull.aio_keys import key_add, key_export, key_import, key_list, key_remo
 from nbdpull.errors import UsageError
 
 if TYPE_CHECKING:
+    from nbdpull.model.config import Lock
     from nbdpull.model.keysource import KeySource
     from nbdpull.model.outcomes import (
         CleanupResult,
@@ -67,6 +68,18 @@ _COMPRESSION_LEVELS = range(1, 20)
 _GUEST_DELAYS_S = range(1, 3601)
 
 
+def _lock(lock_s: float | None, mode: str) -> Lock | None:
+    from nbdpull.model.config import LOCK_MAX_S, LOCK_MODES, Lock
+
+    if lock_s is None:
+        return None
+    if not 1 <= lock_s <= LOCK_MAX_S:
+        raise UsageError(f"a lock of {lock_s:.0f} seconds can't be; expected 1 second to 10 years")
+    if mode not in LOCK_MODES:
+        raise UsageError(f"lock mode is '{mode}'; expected governance or compliance")
+    return Lock(mode=mode, duration_s=int(lock_s))
+
+
 async def init(
     repository: str | os.PathLike[str],
     *,
@@ -94,18 +107,9 @@ async def init(
         WrongKeyError: it is to be encrypted, and there is no password.
         StoreError: the storage refused, or can't hold a repository.
     """
-    from nbdpull.model.config import LOCK_MAX_S, LOCK_MODES, Lock
     from nbdpull.ops import init as op
 
-    lock = None
-    if lock_s is not None:
-        if not 1 <= lock_s <= LOCK_MAX_S:
-            raise UsageError(
-                f"a lock of {lock_s:.0f} seconds can't be; expected 1 second to 10 years"
-            )
-        if lock_mode not in LOCK_MODES:
-            raise UsageError(f"lock mode is '{lock_mode}'; expected governance or compliance")
-        lock = Lock(mode=lock_mode, duration_s=int(lock_s))
+    lock = _lock(lock_s, lock_mode)
     return await op.init(
         op.InitOptions(repository=os.fspath(repository), encrypt=encrypt, keys=keys, lock=lock)
     )
@@ -678,6 +682,8 @@ async def copy(
     backups: Sequence[str] = (),
     *,
     rekey: bool = False,
+    lock_s: float | None = None,
+    lock_mode: Literal["governance", "compliance"] = "governance",
     keys: KeySource | None = None,
     target_keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
@@ -690,6 +696,8 @@ async def copy(
         backups: ids, unique prefixes or ``latest``; none means all complete ones.
         rekey: the target is another repository, made by `init`, encrypted or not; what is copied is
             decrypted, and stored anew with its keys.
+        lock_s: of a replica in S3 that is made now; see `init`.
+        lock_mode: the same.
         keys: what opens an encrypted repository; None looks in the environment. A replica is opened
             with the same.
         target_keys: what opens the target of `rekey`; None looks for NBDPULL_NEW_KEY_FILE,
@@ -715,6 +723,7 @@ async def copy(
         target=os.fspath(target),
         backups=names,
         rekey=rekey,
+        lock=_lock(lock_s, lock_mode),
         keys=keys,
         target_keys=target_keys,
     )

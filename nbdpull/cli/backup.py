@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, cast
 import click
 
 from nbdpull import api
-from nbdpull.cli.console import Console
+from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import SIZE, repository_option, source_argument, tls_option, verb
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
@@ -286,7 +286,7 @@ def _profile(result: BackupResult) -> str:
 def _summary(result: BackupResult) -> str:
     count = len(result.disks)
     return (
-        f"backup {result.backup} of {result.vm}: {result.level}, {count}"
+        f"backup {result.backup} of {one_line(result.vm)}: {result.level}, {count}"
         f" {'disk' if count == 1 else 'disks'}, {format_duration(result.duration_s)}\n"
         + disk_table(result.disks)
     )

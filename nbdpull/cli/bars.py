@@ -56,6 +56,8 @@ class _Bars:
         self._ended: list[TaskID] = []
 
     def __call__(self, event: Event) -> None:
+        # Not before there is something to show: what moves would wipe a question for a password away.
+        self._bars.start()
         if event.kind is ProgressKind.MESSAGE:
             self._bars.console.print(
                 Text(one_line(event.text)), highlight=False, soft_wrap=True, style="dim"
@@ -78,7 +80,7 @@ class _Bars:
 @contextmanager
 def show_bars() -> Iterator[ProgressCallback]:
     """Show bars as long as the block runs; they stay on the screen at the end."""
-    with Progress(
+    bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
@@ -88,5 +90,8 @@ def show_bars() -> Iterator[ProgressCallback]:
         console=Console(stderr=True),
         refresh_per_second=5,
         redirect_stdout=False,
-    ) as bars:
+    )
+    try:
         yield _Bars(bars)
+    finally:
+        bars.stop()

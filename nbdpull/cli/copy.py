@@ -6,9 +6,10 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
-from nbdpull.cli.options import verb
+from nbdpull.cli.options import lock_mode_option, lock_option, parsed_lock, verb
 from nbdpull.cli.password import keys_of_user, target_keys_of_user
 from nbdpull.cli.progress import show_progress
+from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.model.outcomes import CopyResult
 from nbdpull.units import format_duration, format_size
 
@@ -22,9 +23,18 @@ __all__ = ["command"]
 @click.option(
     "--rekey", is_flag=True, help="Store all of it anew, with the keys of REPO2, made by 'init'."
 )
+@lock_option("a new replica's")
+@lock_mode_option
 @verb
 def command(
-    console: Console, source: str, target: str, backups: tuple[str, ...], *, rekey: bool
+    console: Console,
+    source: str,
+    target: str,
+    backups: tuple[str, ...],
+    *,
+    rekey: bool,
+    lock: str | None,
+    lock_mode: str | None,
 ) -> int:
     """Copy the named backups of REPO1, or all, into REPO2, which becomes or is its replica.
 
@@ -34,18 +44,23 @@ def command(
     With --rekey, REPO2 is a repository of its own: other keys, or none, or the first ones. It is opened with
     NBDPULL_NEW_PASSWORD_FILE and its like, or NBDPULL_NEW_KEY_FILE.
     """
+    lock_s, mode = parsed_lock(lock, lock_mode)
     with show_progress(console) as progress:
         result = api.copy(
             source,
             target,
             backups,
             rekey=rekey,
+            lock_s=lock_s,
+            lock_mode=mode,
             keys=keys_of_user(),
             target_keys=target_keys_of_user(),
             progress=progress,
         )
+    for warning in result.warnings:
+        console.warning(warning)
     console.result(result, lambda: _text(result))
-    return 0
+    return EXIT_WARNINGS if result.warnings else 0
 
 
 def _text(result: CopyResult) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
-
 import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
-from nbdpull.cli.options import repository_option, verb
+from nbdpull.cli.options import lock_mode_option, lock_option, parsed_lock, repository_option, verb
 from nbdpull.cli.password import new_keys_of_user
 from nbdpull.cli.run import EXIT_WARNINGS
-from nbdpull.units import parse_duration
 
 __all__ = ["command"]
 
@@ -23,21 +20,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Encrypt everything in it, under a password. It can't be undone.",
 )
-@click.option(
-    "--lock",
-    metavar="DURATION",
-    help="Have S3 lock what backups consist of, each object this long from when it is written (30d).",
-)
-@click.option(
-    "--lock-mode",
-    type=click.Choice(["governance", "compliance"]),
-    default="governance",
-    show_default=True,
-    help="Whether somebody with a special permission can end a lock, or nobody.",
-)
+@lock_option("the repository's")
+@lock_mode_option
 @verb
 def command(
-    console: Console, repository: str, encrypt: bool, lock: str | None, lock_mode: str
+    console: Console, repository: str, encrypt: bool, lock: str | None, lock_mode: str | None
 ) -> int:
     """Create an empty repository in a place that is new or empty.
 
@@ -47,16 +34,13 @@ def command(
     The password of an encrypted one is asked for, or comes from NBDPULL_PASSWORD_FILE,
     NBDPULL_PASSWORD_COMMAND or NBDPULL_PASSWORD. Who loses it loses the backups: see 'nbdpull key export'.
     """
-    try:
-        lock_s = None if lock is None else parse_duration(lock)
-    except ValueError as exc:
-        raise click.UsageError(f"--lock: {exc}") from exc
+    lock_s, mode = parsed_lock(lock, lock_mode)
     result = api.init(
         repository,
         encrypt=encrypt,
         keys=new_keys_of_user(),
         lock_s=lock_s,
-        lock_mode=cast("Literal['governance', 'compliance']", lock_mode),
+        lock_mode=mode,
     )
     for warning in result.warnings:
         console.warning(warning)

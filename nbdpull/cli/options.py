@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import click
 
 from nbdpull.cli.console import Console, ProgressMode
 from nbdpull.cli.run import run_verb
-from nbdpull.units import parse_size
+from nbdpull.units import parse_duration, parse_size
 
-__all__ = ["SIZE", "repository_option", "source_argument", "tls_option", "verb", "vm_option"]
+__all__ = [
+    "SIZE",
+    "lock_mode_option",
+    "lock_option",
+    "parsed_lock",
+    "repository_option",
+    "source_argument",
+    "tls_option",
+    "verb",
+    "vm_option",
+]
 
 _P = ParamSpec("_P")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -128,3 +138,36 @@ def verb(function: Callable[Concatenate[Console, _P], int]) -> Callable[..., int
     for option in reversed(_OUTPUT_OPTIONS):
         decorated = option(decorated)
     return decorated
+
+
+def lock_option(whose: str) -> Callable[[_F], _F]:
+    """``--lock``, of what is made."""
+    return click.option(
+        "--lock",
+        metavar="DURATION",
+        help=f"Have S3 lock {whose} backups: each object they consist of this long from when it is written (30d).",
+    )
+
+
+lock_mode_option = click.option(
+    "--lock-mode",
+    type=click.Choice(["governance", "compliance"]),
+    help="Whether somebody with a special permission can end a lock, which is the default, or nobody.",
+)
+
+
+def parsed_lock(
+    lock: str | None, mode: str | None
+) -> tuple[float | None, Literal["governance", "compliance"]]:
+    """Seconds and mode of these two options.
+
+    Raises:
+        click.UsageError: they can't be.
+    """
+    if mode is not None and lock is None:
+        raise click.UsageError("--lock-mode is about locks; give --lock 30d, too, or leave it out")
+    try:
+        lock_s = None if lock is None else parse_duration(lock)
+    except ValueError as exc:
+        raise click.UsageError(f"--lock: {exc}") from exc
+    return lock_s, cast("Literal['governance', 'compliance']", mode or "governance")

@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from nbdpull import api
-from nbdpull.cli.console import Console
+from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, tls_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
@@ -89,7 +89,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
 def _summary(result: RestoreResult) -> str:
     duration = format_duration(result.duration_s)
     return (
-        f"restored backup {result.backup} of {result.vm} in {duration}\n"
+        f"restored backup {result.backup} of {one_line(result.vm)} in {duration}\n"
         + table(
             ["disk", ">size", ">data", "to"],
             [

@@ -339,6 +339,7 @@ class CopyResult:
         copied: backups of which anything had to be written.
         present: backups that were there whole already.
         forgotten: backups that were left out, because they were forgotten in the replica.
+        warnings: what the user should know: named backups that were not copied, and what the replica is not.
         objects, written_bytes: what was written.
     """
 
@@ -347,6 +348,7 @@ class CopyResult:
     copied: tuple[str, ...]
     present: tuple[str, ...] = ()
     forgotten: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     objects: int = 0
     written_bytes: int = 0
     duration_s: float = 0.0

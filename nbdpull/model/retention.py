@@ -65,6 +65,8 @@ class Policy:
         if self.keep_within_s is not None and self.keep_within_s < 0:
             raise ValueError("keep-within is less than nothing")
         counts = any(getattr(self, name) for name in _COUNTS)
+        if "" in self.keep_tags:
+            raise ValueError("the tag to keep is empty; give one, or leave the rule out")
         if not counts and self.keep_within_s is None and not self.keep_tags:
             raise ValueError(
                 "the policy keeps nothing; name at least one rule such as keep-last=7 or keep-daily=14"

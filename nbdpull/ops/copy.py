@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from nbdpull.errors import RepositoryError
+from nbdpull.errors import RepositoryError, UsageError
+from nbdpull.model.config import Lock
 from nbdpull.model.ids import BackupId
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import CopyResult
@@ -34,6 +35,7 @@ class CopyOptions:
         target: the replica, which is made where there is nothing; with `rekey` another repository.
         backups: ids, unique prefixes or ``latest``; empty for all complete ones.
         rekey: store what is copied anew, with the target's keys.
+        lock: of what backups in the replica consist of, when it is made; None is none.
         keys: what opens an encrypted repository; None looks in the environment.
         target_keys: what opens the target, with `rekey`; None looks for NBDPULL_NEW_PASSWORD and so on.
     """
@@ -42,6 +44,7 @@ class CopyOptions:
     target: str
     backups: tuple[str, ...] = ()
     rekey: bool = False
+    lock: Lock | None = None
     keys: KeySource | None = None
     target_keys: KeySource | None = None
 
@@ -68,6 +71,7 @@ class _Told:
     copied: list[BackupId] = field(default_factory=list)
     present: list[BackupId] = field(default_factory=list)
     forgotten: list[BackupId] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, backup: BackupId, *, copied: bool) -> None:
         if copied:
@@ -96,6 +100,10 @@ def _copy(
             raise Cancelled
 
     began = time.monotonic()
+    if options.rekey and options.lock is not None:
+        raise UsageError(
+            "--lock is about a replica; the target of --rekey has the locks that 'init' gave it"
+        )
     source = Repository.open(options.source, keys=options.keys)
     told = _Told(progress)
     copying = _rekey if options.rekey else _verbatim
@@ -106,10 +114,21 @@ def _copy(
         copied=tuple(told.copied),
         present=tuple(told.present),
         forgotten=tuple(told.forgotten),
+        warnings=(*told.warnings, *_named_and_left_out(options, told)),
         objects=objects,
         written_bytes=written_bytes,
         duration_s=time.monotonic() - began,
     )
+
+
+def _named_and_left_out(options: CopyOptions, told: _Told) -> list[str]:
+    if not options.backups:
+        return []
+    return [
+        f"backup {one} was not copied: it was forgotten in {options.target}; 'nbdpull undo {one}' there brings"
+        " it back, as long as no collection has deleted it"
+        for one in told.forgotten
+    ]
 
 
 def _chosen(options: CopyOptions, source: Repository, told: _Told) -> Iterator[Backup]:
@@ -145,17 +164,22 @@ def _verbatim(
 ) -> tuple[int, int]:
     backups = _chosen(options, source, told)
     first = next(backups, None)  # a name that nothing fits makes no replica
-    copier = source.copier(options.target, check=check)
+    copier = source.copier(options.target, lock=options.lock, check=check)
+    told.warnings += copier.warnings
     copier.begin()
     replica = Repository.open(options.target, keys=options.keys)
     there = {one.id: one for one in replica.backups(forgotten=True)}
+    unreadable = {one.key: one.error for one in replica.unreadable()}
     for backup in () if first is None else chain([first], backups):
         manifests = [source.manifest(summary) for summary in backup.disks]
+        for pin in backup.pins:
+            if (damage := unreadable.get(f"m/{pin}")) is not None:
+                raise RepositoryError(f"in the replica {damage}; delete it there and copy again")
         old = there.get(backup.id)
         if (old is not None and old.forgotten is not None) or copier.forgotten(manifests):
             told.leave_out(backup.id)
             continue
-        told.add(backup.id, copied=copier.copy(manifests))
+        told.add(backup.id, copied=copier.copy(manifests, stored=source.stored(backup)))
         if old is not None:
             # Repacked in the source since: what stood for it here is not needed any more.
             replica.forget_replaced(set(old.all_pins) - set(backup.pins))

@@ -26,9 +26,11 @@ def check_names(what: str, names: Iterable[str | None]) -> None:
     """See that names are texts that can be stored, and not that of a machine's state.
 
     Raises:
-        UsageError: one has half of a surrogate pair: an argument that is no UTF-8, or a broken escape in JSON.
+        UsageError: one is empty, or has half of a surrogate pair: an argument that is no UTF-8, or a broken escape in JSON.
     """
     for name in names:
+        if not name and name is not None:
+            raise UsageError(f"the {what}'s name is empty; give one, or leave the option out")
         if name == MACHINE:
             raise UsageError(
                 f"{what} '{name}' has the name of a machine's state; give another name"

@@ -12,6 +12,7 @@ from nbdpull.model.outcomes import ForgetResult, Forgotten
 from nbdpull.model.results import Level, ProgressCallback
 from nbdpull.model.retention import Candidate, Policy, judge
 from nbdpull.ops.threads import call
+from nbdpull.repo.finding import check_there
 from nbdpull.repo.repository import Backup, Repository
 
 __all__ = ["ForgetOptions", "forget"]
@@ -93,7 +94,9 @@ def _forget_named(repository: Repository, options: ForgetOptions) -> ForgetResul
         for backup in chosen.values():
             _forget_one(repository, backup, "asked for")
     return ForgetResult(
-        dropped=tuple(_told(backup, ("asked for",)) for backup in chosen.values()),
+        dropped=tuple(
+            _told(backup, ("asked for",), repository.stored(backup)) for backup in chosen.values()
+        ),
         damaged=tuple(f"m/{key}" for key in keys),
         dry_run=options.dry_run,
     )
@@ -102,21 +105,23 @@ def _forget_named(repository: Repository, options: ForgetOptions) -> ForgetResul
 def _forget_by_policy(
     repository: Repository, options: ForgetOptions, policy: Policy
 ) -> ForgetResult:
+    there = repository.backups()
+    check_there(there, vm=options.vm, chain=options.chain)
     backups = {
         backup.id: backup
-        for backup in repository.backups()
+        for backup in there
         if options.vm in {None, backup.vm} and options.chain in {None, backup.chain}
     }
     verdicts = judge(
         policy,
-        map(_candidate, backups.values()),
+        [_candidate(one, repository.stored(one)) for one in backups.values()],
         trust_store_time=options.trust_store_time,
     )
     kept: list[Forgotten] = []
     dropped: list[Forgotten] = []
     for verdict in verdicts:
         backup = next(found for name, found in backups.items() if name == verdict.backup)
-        told = _told(backup, verdict.reasons)
+        told = _told(backup, verdict.reasons, repository.stored(backup))
         if verdict.keep:
             kept.append(told)
             continue
@@ -135,12 +140,12 @@ def _forget_one(repository: Repository, backup: Backup, reason: str) -> None:
     repository.forget([*rest, *backup.pins], reason)
 
 
-def _candidate(backup: Backup) -> Candidate:
+def _candidate(backup: Backup, stored: float) -> Candidate:
     disks = sorted({disk for summary in backup.disks for disk, _ in summary.siblings})
     return Candidate(
         backup=backup.id,
         group=(backup.vm, backup.chain, *disks),
-        stored=backup.stored,
+        stored=stored,
         taken=backup.time + backup.duration_s,
         level=backup.level,
         full=any(summary.disk_level is Level.FULL for summary in backup.disks),
@@ -150,14 +155,14 @@ def _candidate(backup: Backup) -> Candidate:
     )
 
 
-def _told(backup: Backup, reasons: tuple[str, ...]) -> Forgotten:
+def _told(backup: Backup, reasons: tuple[str, ...], stored: float) -> Forgotten:
     return Forgotten(
         backup=backup.id,
         vm=backup.vm,
         chain=backup.chain,
         level=backup.level,
         time=backup.time,
-        stored_time=backup.stored,
+        stored_time=stored,
         reasons=reasons,
     )
 

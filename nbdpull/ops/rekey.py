@@ -133,7 +133,7 @@ class Rekeyed:
             session=session.id,
             siblings=siblings,
             stored_bytes=session.stored_bytes,
-            stored=backup.stored,
+            stored=self._source.stored(backup),
             tool=f"nbdpull {__version__}",
         )
 

@@ -36,6 +36,7 @@ from nbdpull.ops.meter import Meter
 from nbdpull.ops.recommit import Recommit
 from nbdpull.ops.threads import in_thread
 from nbdpull.ops.usage import HELD, Frames, Pack, PackCounts, Piece, Pieces
+from nbdpull.repo.finding import check_there
 from nbdpull.repo.repository import Backup, DiskReader, ParentGoneError, Repository, Session
 
 __all__ = ["RATIO", "RepackOptions", "repack"]
@@ -106,6 +107,7 @@ class _Repack:
         more = True
         while more:
             backups = self._repository.backups()
+            check_there(backups, vm=self._options.vm)
             if not self._options.dry_run:
                 self._drop_superseded(backups)
             sparse, more = self._find_sparse(backups)

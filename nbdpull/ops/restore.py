@@ -293,7 +293,8 @@ def _place_files(
     if not folder.is_dir():
         if folder.exists():
             raise UsageError(f"'{folder}' is not a folder; disks become files in one (--to FOLDER)")
-        if folder.absolute().is_relative_to("/dev"):
+        # /dev/shm and its like are folders of their own.
+        if folder.absolute().parent == Path("/dev"):
             raise UsageError(f"there is no block device '{folder}'")
     paths = {
         summary.disk: folder / disk_file_name(summary.disk, options.format) for summary in chosen

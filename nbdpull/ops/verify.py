@@ -42,6 +42,7 @@ from nbdpull.ops.lost import PARTIAL, Suspect, damaged_frame, mend_indexes, reco
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import in_thread, run_all, worker_count
 from nbdpull.repo.damage import KNOWN_MAX, Pack
+from nbdpull.repo.finding import check_there
 from nbdpull.repo.ranges import RANGE_MAX
 from nbdpull.repo.repository import Backup, DiskReader, Repository
 
@@ -167,11 +168,9 @@ class _Verify:
             )
         for one in unreadable:
             self._damages.add(one.key, str(one.error))
-        return [
-            backup
-            for backup in self._repository.backups()
-            if options.vm is None or backup.vm == options.vm
-        ]
+        backups = self._repository.backups()
+        check_there(backups, vm=options.vm)
+        return [one for one in backups if options.vm in {None, one.vm}]
 
     def _report_incomplete(self, backup: Backup) -> None:
         missing = ", ".join(f"'{name}'" for name in disk_names(self._repository, backup.missing))

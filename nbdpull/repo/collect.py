@@ -169,7 +169,7 @@ class _View:
     pinned: frozenset[str]
     adopted: frozenset[str]  # sessions whose packs a live one took over
     copies: frozenset[str]  # sessions of which any pack may hold copies of damaged frames
-    marks: Sequence[Listed]  # f/ and b/, as they were before the manifests were listed
+    marks: Sequence[Listed]  # f/, b/ and o/, as they were before the manifests were listed
 
     @property
     def spared(self) -> frozenset[str]:
@@ -267,7 +267,7 @@ class Collector:
             self._end_undo()
             made = tombstones(self._store)
             # Of what is made later nothing here can tell what it is for.
-            marks = [listed for prefix in "fb" for listed in self._store.list(prefix)]
+            marks = [listed for prefix in "fbo" for listed in self._store.list(prefix)]
             doomed = self._doomed(made, marks)
             objects = self._list_objects()
             sessions = self._list_sessions(objects)
@@ -604,7 +604,10 @@ class Collector:
         marks = [
             listed
             for listed in view.marks
-            if listed.key.startswith("f/") and listed.key.partition("/")[2] not in view.registers
+            if listed.key[0] in "fo"
+            and "/".join(listed.key.split("/")[1:3]) not in view.registers
+            # A copy that is under way makes the manifest after the note of its time.
+            and listed.key.split("/")[2] not in view.live
         ]
         marks += [
             listed

@@ -29,7 +29,7 @@ from nbdpull.model.manifest import MANIFEST_MAX, Manifest, SessionRef, register_
 from nbdpull.repo.copyguard import CopyGuard, check_revoked
 from nbdpull.repo.damage import HealedCopies, Pack
 from nbdpull.repo.held import Held
-from nbdpull.repo.marks import there
+from nbdpull.repo.marks import keep_time, there
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuseplan import pin_of
 from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
@@ -79,6 +79,8 @@ class Copier:
         reader: of a manifest in one of the stores.
         frames: whether the keys open disk data, so that each frame can be hashed; else a pack is checked
             for its size, header, directory and footer alone.
+        hold: extends the locks of what a manifest refers to, before it is made; None where nothing is locked.
+        warnings: what the user should know of the replica.
         check: called often; what it raises ends the copy.
     """
 
@@ -90,6 +92,8 @@ class Copier:
         repository: str,
         reader: Callable[[Store, Manifest], DiskReader],
         frames: bool,
+        hold: Callable[[Manifest], None] | None = None,
+        warnings: Sequence[str] = (),
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
@@ -97,6 +101,8 @@ class Copier:
         self._held = Held(source)
         self._reader = reader
         self._frames = frames
+        self._hold = hold
+        self.warnings = tuple(warnings)
         self._check = check
         self._healed = HealedCopies(source, repository)
         self._doubts: list[_Doubt] = []
@@ -125,8 +131,12 @@ class Copier:
         pins = [pin_of(one) for one in manifests]
         return any(there(self._target, f"{mark}/{pin}") for pin in pins for mark in "tf")
 
-    def copy(self, manifests: Sequence[Manifest]) -> bool:
+    def copy(self, manifests: Sequence[Manifest], *, stored: float) -> bool:
         """Copy one backup, all its disks; returns whether anything had to be written.
+
+        Args:
+            manifests: of its disks.
+            stored: when the original's store took it in.
 
         Raises:
             DamagedError: an object is not what was written; the replica has not got it.
@@ -139,6 +149,7 @@ class Copier:
         before = self.counts.objects
         readers = [self._reader(self._held, one) for one in manifests]
         sids = {reader.manifest.sessions[at].sid for reader in readers for at, _ in reader.packs()}
+        sids |= {one.summary.session for one in manifests}
         records, copies = self._healed.of(
             (reader.manifest.sessions[at].sid, seq)
             for reader in readers
@@ -157,6 +168,10 @@ class Copier:
             self._see_that_it_reads()
             self._see_that_it_is_listed(manifests)
             for one in manifests:
+                if self._hold is not None:
+                    self._hold(one)
+                # First: rules must not see the manifest without it.
+                keep_time(self._target, pin_of(one), stored)
                 self._copy_manifest(one)
             guard.check()
         except BaseException:

@@ -11,11 +11,28 @@ from collections.abc import Sequence
 from nbdpull.errors import BackupNotFoundError
 from nbdpull.repo.catalog import Backup, Unreadable, check_readable
 
-__all__ = ["Finder"]
+__all__ = ["Finder", "check_there"]
 
 _log = logging.getLogger(__name__)
 
 _TOLD = 8
+
+
+def check_there(backups: Sequence[Backup], *, vm: str | None, chain: str | None = None) -> None:
+    """See that a VM, or a chain, that somebody named has any backups, where there are others.
+
+    Raises:
+        BackupNotFoundError: it has none; most likely it is called otherwise.
+    """
+    vms = {one.vm for one in backups}
+    chains = {one.chain for one in backups if vm in {None, one.vm}}
+    for what, name, there in (("VM", vm, vms), ("chain", chain, chains)):
+        if name is not None and there and name not in there:
+            listed = ", ".join(f"'{one}'" for one in sorted(there)[:_TOLD])
+            more = f" and {len(there) - _TOLD} more" if len(there) > _TOLD else ""
+            raise BackupNotFoundError(
+                f"no backup is of a {what} '{name}'; there are backups of {listed}{more}"
+            )
 
 
 class Finder:

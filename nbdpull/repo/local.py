@@ -46,7 +46,7 @@ _TMP: Final = ".tmp-"
 _TMP_AGE_S: Final = 3600.0
 # EISDIR and ENOENT: kernels and file systems from before O_TMPFILE take it for O_DIRECTORY.
 _NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
-_OWN_FOLDERS: Final = ("d/", "x/")
+_OWN_FOLDERS: Final = ("d/", "x/", "o/")
 _LARGE: Final = 1 << 20
 """Bytes; smaller objects (manifests, indexes) are what the next commands read."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -29,6 +29,7 @@ __all__ = [
 CONFIG: Final = "nbdpull.json"
 REPLICA: Final = "replica.json"
 _CLOUDS: Final = ("s3", "gs", "az")
+_SLIP: Final = re.compile(r"(s3|gs|az)(:|//|:/)")
 # In an otherwise empty folder: what mkfs makes, and what an `init` that was killed leaves.
 _NOTHING: Final = re.compile(
     rf"lost\+found|key(/.*)?|replica\.json|{PROBE}[0-9a-f]{{16}}.*|\.tmp-.*"
@@ -114,6 +115,11 @@ def _new_folder(root: Path) -> None:
             raise UsageError(f"{root} is a repository already; use it, or choose another folder")
         if root.exists() and not all(_NOTHING.fullmatch(path.name) for path in root.iterdir()):
             raise UsageError(f"{root} is not empty; choose an empty or a new folder")
+        for above in root.parents:
+            if (above / CONFIG).exists():
+                raise UsageError(
+                    f"{root} is inside of the repository {above}; choose a folder outside of it"
+                )
     _make_root(root)
 
 
@@ -148,6 +154,12 @@ def _folder(location: str) -> Path:
         UsageError: a location of another kind.
     """
     if "://" not in location:
+        slip = _SLIP.match(location)
+        if slip is not None and not Path(location).exists():
+            raise UsageError(
+                f"repository '{location}' would be a folder; did you mean {slip[1]}://...? (a folder of that name:"
+                f" ./{location})"
+            )
         return Path(location).absolute()
     parts = urlsplit(location)
     if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:

@@ -3,6 +3,7 @@
     f/<disk>/<sid>   forgotten: hidden; becomes a tombstone when the undo window is over
     t/<disk>/<sid>   tombstone: final; nobody may build on the manifest, a collector deletes it
     p/<backup>       protected: nothing forgets the backup
+    o/<disk>/<sid>/<ms>   in a replica: when the original's store had taken the manifest in
 
 Undoing takes no mark away: it commits the same content again (`ops/undo.py`), for which the pins of an
 ordinary session are enough; so no undo that was acknowledged can lose a race with a collector.
@@ -26,6 +27,8 @@ __all__ = [
     "REPLACED",
     "Marks",
     "forget",
+    "keep_time",
+    "original_times",
     "protect",
     "read_marks",
     "reason_of",
@@ -39,6 +42,7 @@ REPLACED: Final = "replaced"
 _MARK_MAX: Final = 64 << 10
 
 _BACKUP_DIGITS = 16
+_TIME_DIGITS: Final = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,22 @@ def _pins(store: Store, prefix: str) -> dict[str, float]:
 def _protected(store: Store) -> frozenset[str]:
     names = (listed.key.partition("/")[2] for listed in store.list("p"))
     return frozenset(name for name in names if is_hex(name, _BACKUP_DIGITS))
+
+
+def keep_time(store: Store, pin: str, stored: float) -> None:
+    """Note in a replica when the original's store took a manifest in, seconds since the Unix epoch."""
+    with suppress(KeyExistsError):
+        store.create(f"o/{pin}/{max(0, round(stored * 1000))}", b"")
+
+
+def original_times(store: Store) -> dict[str, float]:
+    """What `keep_time` noted; of several times the first one."""
+    found: dict[str, float] = {}
+    for listed in store.list("o"):
+        pin, _, digits = listed.key.partition("/")[2].rpartition("/")
+        if is_pin(pin) and digits.isdecimal() and len(digits) <= _TIME_DIGITS:
+            found[pin] = min(int(digits) / 1000, found.get(pin, float("inf")))
+    return found
 
 
 def forget(store: Store, pins: Iterable[str], reason: str) -> None:

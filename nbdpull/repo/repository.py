@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nbdpull.errors import (
@@ -119,6 +120,7 @@ class Repository:
         self.id = config.id
         self.damage = DamageRecords(store, config.id)
         self.warnings: tuple[str, ...] = ()
+        self._times: Mapping[str, float] | None = None
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -209,29 +211,59 @@ class Repository:
             tidy(store)
         return cls(store, location, config, vault)
 
-    def copier(self, location: str, *, check: Callable[[], None] = lambda: None) -> Copier:
+    def copier(
+        self,
+        location: str,
+        *,
+        lock: Lock | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Copier:
         """What copies backups of this repository into its replica at `location`, made if need be.
 
+        Args:
+            location: of the replica.
+            lock: of what backups there consist of, when it is made.
+            check: called often; what it raises ends the copy.
+
         Raises:
-            UsageError: something else is there.
+            UsageError: something else is there, or a replica with other locks.
             RepositoryError: another repository is there.
             StoreError: the storage can't be used.
         """
         from nbdpull.repo.copier import Copier
 
+        made = False
+        warnings: tuple[str, ...] = ()
         try:
             store, config = self._settings(location, write=True)
         except RepositoryNotFoundError:
-            self._make_replica(location)
+            warnings = self._make_replica(location, lock)
             store, config = self._settings(location, write=True)
+            made = True
+        if config.id == self.id and not made and not marking.there(store, REPLICA):
+            raise UsageError(
+                f"{location} is no replica: it is {self.location} itself, or another original with its id;"
+                " copy into an empty place"
+            )
         if config.id != self.id:
             raise RepositoryError(
                 f"{location} is repository {config.id}, expected a replica of {self.id}; copy into an"
                 " empty place"
             )
+        if lock is not None and config.lock != lock:
+            raise UsageError(
+                f"{location} is a replica already, with {'other' if config.lock else 'no'} locks; these are"
+                " decided when it is made: leave --lock out, or copy into an empty place"
+            )
+        if self.config.lock is not None and config.lock is None:
+            more = "a replica that does is made in an empty place with --lock"
+            warnings += (f"{self.location} locks its backups and {location} does not; {more}",)
+        held = config.lock
         return Copier(
             self._store,
             store,
+            warnings=warnings,
+            hold=None if held is None else partial(hold_locks, store, lock=held),
             repository=self.id,
             reader=lambda below, manifest: DiskReader(
                 below, manifest, self._vault, DamageRecords(below, self.id)
@@ -240,23 +272,31 @@ class Repository:
             check=check,
         )
 
-    def _make_replica(self, location: str) -> None:
+    def _make_replica(self, location: str, lock: Lock | None) -> tuple[str, ...]:
+        """Make it; what the user should know of its store."""
         from nbdpull.repo.copier import replica_mark
 
+        if lock is not None:
+            check_lockable(location)
         try:
             store, keys = new_store(location)
         except UsageError:
             with suppress(RepositoryNotFoundError):
                 self._settings(location, write=True)
-                return  # another copy was faster
+                return ()  # another copy was faster
             raise
-        able = probe(store, keys=keys).capabilities
-        config = Config.new(self.id, able, encrypted=self.config.encrypted)
+        probed = probe(store, keys=keys)
+        config = Config.new(
+            self.id, probed.capabilities, encrypted=self.config.encrypted, lock=lock
+        )
+        if lock is not None:
+            lock_store(store, lock, trial=f"{PROBE}{os.urandom(8).hex()}lock")
         # The mark first: no replica is ever there that looks like an original.
         with suppress(KeyExistsError):
             store.create(REPLICA, replica_mark())
         with suppress(KeyExistsError):
             store.create(CONFIG, config.encode())
+        return probed.warnings
 
     def check_original(self) -> None:
         """See that backups may be added.
@@ -636,6 +676,18 @@ class Repository:
             for listed in self._store.list(f"d/{sid}")
             if is_hex(listed.key.rpartition("/")[2], 8)
         }
+
+    def stored(self, backup: Backup) -> float:
+        """When the store took a backup in; in a replica, when its original's store did.
+
+        By this time rules judge. An original does without such notes: whoever may add a backup could make them.
+        """
+        if self._times is None:
+            replica = marking.there(self._store, REPLICA)
+            self._times = marking.original_times(self._store) if replica else {}
+        times = [self._times.get(pin) for pin in backup.pins]
+        known = [time for time in times if time is not None]
+        return max(known) if len(known) == len(times) else backup.stored
 
     # -- forgetting --------------------------------------------------------------------------------
 

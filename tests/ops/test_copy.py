@@ -260,6 +260,55 @@ def test_an_intent_that_is_longer_than_any_is_damage_and_no_end(world: World) ->
     assert not path.exists()
 
 
+def age(location: str, number: int, by_s: float) -> None:
+    """Have a store have taken a backup in earlier."""
+    repository = Repository.open(location)
+    backup = sorted(repository.backups(), key=lambda one: (one.time, one.id))[number]
+    for pin in backup.pins:
+        path = local(location).path(f"m/{pin}")
+        then = path.stat().st_mtime - by_s
+        os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_rules_judge_a_replica_by_when_the_original_took_its_backups_in(
+    world: World, tmp_path: Path, *, chained: bool
+) -> None:
+    for number, hours in enumerate((5, 3, 1)):
+        age(world.source, number, hours * 3600.0)
+    policy = nbdpull.Policy(keep_hourly=2, min_keep=1)
+    world.copy()
+    replica = world.target
+    if chained:
+        replica = str(tmp_path / "three")
+        nbdpull.copy(world.target, replica)
+    there = nbdpull.forget(replica, policy=policy, trust_store_time=True, dry_run=True)
+    here = nbdpull.forget(world.source, policy=policy, trust_store_time=True, dry_run=True)
+    assert [one.backup for one in there.kept] == [one.backup for one in here.kept] == world.ids[1:]
+    assert [one.stored_time for one in there.kept] == pytest.approx(
+        [one.stored_time for one in here.kept], abs=0.002
+    )
+    # Once they are gone, so are the notes.
+    nbdpull.forget(replica, world.ids)
+    for _ in range(2):
+        nbdpull.gc(replica, undo_window_s=0)
+    assert not list(local(replica).list("o"))
+
+
+def test_who_may_add_to_an_original_makes_no_backup_older_there(world: World) -> None:
+    """Else a stolen host could crowd out good backups with times of its own."""
+    before = nbdpull.forget(
+        world.source, policy="keep-last=1", trust_store_time=True, dry_run=True
+    ).kept
+    store = local(world.source)
+    for listed in list(store.list("m")):
+        store.create(f"o/{listed.key.partition('/')[2]}/1000", b"")
+    after = nbdpull.forget(
+        world.source, policy="keep-last=1", trust_store_time=True, dry_run=True
+    ).kept
+    assert after == before
+
+
 def test_a_replica_takes_no_backups_until_it_is_made_an_original(world: World) -> None:
     world.copy()
     replica = Repository.open(world.target, write=True)

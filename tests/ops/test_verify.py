@@ -152,8 +152,11 @@ def test_only_the_chosen_backups_are_read(repository: Repository) -> None:
 def test_other_vms_are_left_out(repository: Repository) -> None:
     chain(repository, count=1)
     packs(repository)[0].unlink()
+    add_backup(repository, {"d": Disk.of(disk_bytes(MIB, 4))}, vm="other")
     assert run(repository, vm="other").ok
     assert not run(repository, vm=VM).ok
+    with pytest.raises(BackupNotFoundError, match=f"of a VM 'othre'; there are .*'other', '{VM}'"):
+        run(repository, vm="othre")
 
 
 def test_missing_pack_is_one_damage_with_all_its_ranges(repository: Repository) -> None:

@@ -263,7 +263,7 @@ class Lagging(WatchedStore):
 
     def __init__(self, inner: MemoryStore) -> None:
         super().__init__(inner, lambda _name, _key: nullcontext())
-        self._seen = {kind: list(inner.list(kind)) for kind in "abdfmpstx"}
+        self._seen = {kind: list(inner.list(kind)) for kind in "abdfmopstx"}
 
     def list(self, prefix: str) -> Iterator[Listed]:
         return (one for one in self._seen[prefix[0]] if f"{one.key}/".startswith(f"{prefix}/"))

@@ -203,3 +203,27 @@ def test_trouble_is_told_without_secrets(
     with pytest.raises(StoreError) as caught:
         wrong.hold(["nbdpull.json"], time.time(), time.time() + 60)
     assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_replica_may_be_locked_too(
+    weed: SeaweedFs, locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = locked.replace("/locked", "/replica")
+    first = add_backup(
+        Repository.open(locked, write=True), {"vda": Disk(40 * 65536, GRAINS)}, time=0.0
+    )
+    for lock_s, told in ((None, "does not"), (30 * DAY, "")):
+        target = replica if lock_s else replica + "2"
+        done = nbdpull.copy(locked, target, lock_s=lock_s, lock_mode="compliance")
+        assert told in "".join(done.warnings)
+        assert bool(done.warnings) is bool(told)
+    key = f"m/{first['vda'].summary.disk_id}/{first['vda'].summary.session}"
+    assert 29.9 * DAY < until(weed, replica, key) - time.time() < 30.1 * DAY
+    later(monkeypatch, 20)
+    second = increment(locked, first, 1)["vda"]
+    nbdpull.copy(locked, replica)
+    ends = until(weed, replica, f"m/{second.summary.disk_id}/{second.summary.session}")
+    for one in needed(replica, second):
+        assert until(weed, replica, one) >= ends
+    with pytest.raises(nbdpull.UsageError, match="is a replica already, with other locks"):
+        nbdpull.copy(locked, replica, lock_s=9 * DAY)
