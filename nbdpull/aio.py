@@ -281,6 +281,7 @@ async def restore(
     disk: str | None = None,
     format: Literal["raw", "qcow2"] = "raw",  # noqa: A002 - the option's name
     force: bool = False,
+    salvage: bool = False,
     tls: str | os.PathLike[str] | None = None,
     keys: KeySource | None = None,
     progress: ProgressCallback | None = None,
@@ -296,6 +297,7 @@ async def restore(
         format: of the files in a folder; everything else takes raw.
         tls: folder of X.509 certificates, or file of shared keys, for an ``nbds://`` target.
         force: replace files that exist, and write to a device in use.
+        salvage: leave out what is lost, which reads as zeroes then; `RestoredDisk.lost` tells the ranges.
         keys: what opens an encrypted repository; None looks in the environment.
         progress: is told what happens, from other threads.
 
@@ -303,7 +305,7 @@ async def restore(
         UsageError: the target can't take it.
         WrongKeyError: the key does not open it, or is a writer's.
         BackupNotFoundError: no backup fits, or more than one.
-        DamagedError: part of a disk is lost; nothing wrong was written.
+        DamagedError: part of a disk is lost, and not `salvage`; nothing wrong was written.
         RepositoryError: the backup is incomplete.
         TargetError: the target failed.
     """
@@ -319,6 +321,7 @@ async def restore(
         disk=disk,
         format=format,
         force=force,
+        salvage=salvage,
         tls=None if tls is None else os.fspath(tls),
         keys=keys,
     )

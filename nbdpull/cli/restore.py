@@ -12,11 +12,14 @@ from nbdpull.cli.console import Console, one_line
 from nbdpull.cli.options import repository_option, tls_option, verb, vm_option
 from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
+from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import table
-from nbdpull.model.outcomes import RestoreResult
+from nbdpull.model.outcomes import RestoredDisk, RestoreResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]
+
+_TOLD = 32
 
 
 @click.command("restore", short_help="Write a backup's disks to files, a device or an export.")
@@ -40,6 +43,11 @@ __all__ = ["command"]
 )
 @vm_option
 @click.option("--force", is_flag=True, help="Replace files, and write to a device in use.")
+@click.option(
+    "--salvage",
+    is_flag=True,
+    help="Where something is lost, restore the rest: what is lost reads as zeroes, and each range is told.",
+)
 @tls_option
 @verb
 def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
@@ -51,6 +59,7 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
     format_: Literal["raw", "qcow2"],
     vm: str | None,
     force: bool,
+    salvage: bool,
     tls: str | None,
 ) -> int:
     """Restore BACKUP: an id, the beginning of one, or 'latest'.
@@ -78,12 +87,26 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             disk=disk,
             format=format_,
             force=force,
+            salvage=salvage,
             tls=tls,
             keys=keys_of_user(),
             progress=progress,
         )
+    for restored in result.disks:
+        _tell_lost(console, restored)
     console.result(result, lambda: _summary(result), to_stderr=stream)
-    return 0
+    return EXIT_WARNINGS if any(one.lost for one in result.disks) else 0
+
+
+def _tell_lost(console: Console, disk: RestoredDisk) -> None:
+    lost = sum(end - start for start, end in disk.lost)
+    if lost:
+        listed = ", ".join(f"{start}-{end}" for start, end in disk.lost[:_TOLD])
+        more = f" and {len(disk.lost) - _TOLD} more ranges" if len(disk.lost) > _TOLD else ""
+        console.warning(
+            f"disk {one_line(disk.name)}: {lost} bytes are lost, and zeroes in {one_line(disk.target)}: bytes"
+            f" {listed}{more}"
+        )
 
 
 def _summary(result: RestoreResult) -> str:

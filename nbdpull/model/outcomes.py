@@ -97,12 +97,14 @@ class RestoredDisk:
     Attributes:
         target: path or URI it was written to, ``-`` for standard output.
         written_bytes: data written; what reads as zero is not counted.
+        lost: ranges of bytes, end exclusive, that could not be read and are zeroes now (`salvage`); sorted.
     """
 
     name: str
     size: int
     target: str
     written_bytes: int
+    lost: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from nbdpull.model.damage import Place
 from nbdpull.model.manifest import Summary
 from nbdpull.model.outcomes import Damage
 
-__all__ = ["Damages", "Findings", "Keys", "Seen"]
+__all__ = ["Damages", "Findings", "Keys", "Seen", "joined"]
 
 Keys = NDArray[np.uint64]
 """Places in the packs of one session: seq << 32 | offset; or packs of one session: seq."""
@@ -116,7 +116,7 @@ class Damages:
                 problem=_first_and_count(problems),
                 backup=where[1],
                 disk=where[2],
-                ranges=tuple(_joined(self._ranges[where])),
+                ranges=tuple(joined(self._ranges[where])),
             )
             for where, problems in self._problems.items()
         )
@@ -127,7 +127,8 @@ def _first_and_count(problems: Sequence[str]) -> str:
     return f"{problems[0]} (and {more} more like it)" if more else problems[0]
 
 
-def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same bytes in as few ranges as can be, sorted."""
     begin = end = -1
     for first, last in sorted(ranges):
         if first > end:

@@ -22,14 +22,16 @@ from nbdpull.errors import DamagedError
 from nbdpull.model.grain import FRAME_MAX, GRAIN, SEGMENT, segment_count
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.nbdio.errors import Cancelled
+from nbdpull.ops.findings import joined
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.threads import run_all, worker_count
 from nbdpull.repo.ranges import RANGE_MAX, Fetched
 from nbdpull.repo.repository import DiskReader
 from nbdpull.target.base import Target
 
-__all__ = ["FAR", "NEAR", "DiskPush", "push"]
+__all__ = ["FAR", "NEAR", "DiskPush", "LostRanges", "push"]
 
+_RANGES_MAX = 1 << 16
 _BATCH_PIECES = 256
 _BATCH_MAX = 4 << 20
 _MEMORY = 8 << 20
@@ -54,6 +56,7 @@ class DiskPush:
         target: where it goes, open.
         meter: its progress.
         together: bytes of it whose frames are read together; see `FAR` and `NEAR`.
+        lost: where what can't be read is noted, which then reads as zeroes; None ends the push with the first.
     """
 
     name: str
@@ -62,6 +65,34 @@ class DiskPush:
     target: Target
     meter: Meter
     together: int = FAR
+    lost: LostRanges | None = None
+
+
+class LostRanges:
+    """What of a disk could not be read. Any thread may call `add`.
+
+    Attributes:
+        keys: of the objects that something is wrong with.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ranges: list[tuple[int, int]] = []
+        self.keys: dict[str, None] = {}
+
+    def add(self, start: int, end: int, exc: DamagedError) -> None:
+        """Bytes of the disk, from and to, and why they can't be read."""
+        with self._lock:
+            self.keys[exc.key] = None
+            self._ranges.append((start, end))
+            if len(self._ranges) > _RANGES_MAX:
+                self._ranges = list(joined(self._ranges))
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Bytes of the disk, from and to, sorted and joined."""
+        with self._lock:
+            return tuple(joined(self._ranges))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +133,10 @@ class _Plan:
             try:
                 segment = self._disk.reader.segment(index)
             except DamagedError as exc:
-                raise _lost(self._disk.name, base, end, exc) from exc
+                if self._disk.lost is None:
+                    raise _lost(self._disk.name, base, end, exc) from exc
+                self._disk.lost.add(base, end, exc)
+                segment = Segment.empty()
             for start, stop in segment.runs():
                 begin = base + start * GRAIN
                 self._disk.target.expect(begin, min(base + stop * GRAIN, end) - begin)
@@ -161,7 +195,7 @@ def _batches(segment: Segment, base: int, end: int, most: int) -> Iterator[list[
 def _lost(disk: str, start: int, end: int, exc: DamagedError) -> DamagedError:
     return DamagedError(
         f"disk '{disk}' can't be restored: bytes {start} to {end} are lost: {exc}; 'nbdpull verify'"
-        " lists all of the damage",
+        " lists all of the damage, --salvage restores the rest",
         key=exc.key,
         offset=exc.offset,
     )
@@ -218,7 +252,11 @@ class _Push:
         try:
             length = self._disk.reader.read_into(interval, fetched, out)
         except DamagedError as exc:
-            raise _lost(self._disk.name, piece.start, piece.end, exc) from exc
+            if self._disk.lost is None:
+                raise _lost(self._disk.name, piece.start, piece.end, exc) from exc
+            self._disk.lost.add(piece.start, piece.end, exc)
+            length = piece.end - piece.start
+            out[:length] = bytes(length)
         if length != piece.end - piece.start:
             # The map and the frame were both written as they are: a bug, not damage.
             msg = f"disk '{self._disk.name}' at {piece.start}: expected {piece.end - piece.start} bytes"

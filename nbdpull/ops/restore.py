@@ -26,7 +26,7 @@ from nbdpull.ops.disknames import disk_names
 from nbdpull.ops.lost import PARTIAL, record_lost
 from nbdpull.ops.machinestate import read_machine
 from nbdpull.ops.meter import Meter
-from nbdpull.ops.push import FAR, NEAR, DiskPush, push
+from nbdpull.ops.push import FAR, NEAR, DiskPush, LostRanges, push
 from nbdpull.ops.threads import in_thread, worker_count
 from nbdpull.repo.location import is_far
 from nbdpull.repo.repository import Backup, DiskReader, Repository
@@ -57,6 +57,7 @@ class RestoreOptions:
         format: of the files in a folder; everywhere else it is raw.
         force: replace existing files, write to a device in use, and take one disk out of an
             incomplete backup.
+        salvage: leave out what is lost: it reads as zeroes, and the result tells which ranges that are.
         tls: folder of certificates, or file of shared keys, for an ``nbds://`` target.
         keys: what opens an encrypted repository; None looks in the environment.
     """
@@ -68,6 +69,7 @@ class RestoreOptions:
     disk: str | None = None
     format: Literal["raw", "qcow2"] = "raw"
     force: bool = False
+    salvage: bool = False
     tls: str | None = None
     keys: KeySource | None = None
 
@@ -103,7 +105,8 @@ def _restore(
     place = _place(options, chosen, cancel)
     manifests = [repository.manifest(summary) for summary in chosen]
     machine = None if wanted is None else repository.manifest(wanted)
-    _check_packs(repository, [*manifests, *([] if machine is None else [machine])], cancel)
+    if not options.salvage:
+        _check_packs(repository, [*manifests, *([] if machine is None else [machine])], cancel)
     restored: list[RestoredDisk] = []
     for manifest in manifests:
         summary = manifest.summary
@@ -111,6 +114,7 @@ def _restore(
         meter.start()
         target = place(summary)
         reader = repository.reader(manifest)
+        lost = LostRanges() if options.salvage else None
         try:
             if target.note:
                 _log.info("%s", target.note)
@@ -122,6 +126,7 @@ def _restore(
                 target=target,
                 meter=meter,
                 together=FAR if is_far(options.repository) else NEAR,
+                lost=lost,
             )
             written = push(disk, cancel=cancel)
             target.finish()
@@ -133,9 +138,15 @@ def _restore(
             target.abort()
         meter.end()
         _tell_indexes(reader)
+        if lost is not None and lost.keys:
+            record_lost(repository, reader, list(lost.keys), threading.Event())
         restored.append(
             RestoredDisk(
-                name=summary.disk, size=summary.size, target=target.name, written_bytes=written
+                name=summary.disk,
+                size=summary.size,
+                target=target.name,
+                written_bytes=written,
+                lost=() if lost is None else lost.ranges,
             )
         )
     return RestoreResult(
@@ -178,7 +189,10 @@ def _give_back(
         files = read_machine(reader)
     except DamagedError as exc:
         record_lost(repository, reader, [exc.key], threading.Event())
-        raise
+        if not options.salvage:
+            raise
+        _log.warning("the machine's state is lost: %s", exc)
+        return ()
     _tell_indexes(reader)
     written = []
     for name, raw in files:
