@@ -84,6 +84,7 @@ async def init(
     repository: str | os.PathLike[str],
     *,
     encrypt: bool = False,
+    kdf: Literal["argon2id", "scrypt"] = "argon2id",
     keys: KeySource | None = None,
     lock_s: float | None = None,
     lock_mode: Literal["governance", "compliance"] = "governance",
@@ -94,6 +95,7 @@ async def init(
         repository: a folder that is not there yet or is empty, or an empty ``s3://bucket/prefix``,
             ``gs://bucket/prefix`` or ``az://container/prefix``.
         encrypt: everything in it. Who loses the password and every other key loses the backups.
+        kdf: what the password goes through.
         keys: the password; None looks in the environment.
         lock_s: seconds for which S3's object lock keeps what backups consist of, each object from
             when it is written; None is no lock. The bucket must have it.
@@ -107,11 +109,18 @@ async def init(
         WrongKeyError: it is to be encrypted, and there is no password.
         StoreError: the storage refused, or can't hold a repository.
     """
+    from nbdpull.aio_keys import kdf_name
     from nbdpull.ops import init as op
 
     lock = _lock(lock_s, lock_mode)
     return await op.init(
-        op.InitOptions(repository=os.fspath(repository), encrypt=encrypt, keys=keys, lock=lock)
+        op.InitOptions(
+            repository=os.fspath(repository),
+            encrypt=encrypt,
+            kdf=kdf_name(kdf),
+            keys=keys,
+            lock=lock,
+        )
     )
 
 

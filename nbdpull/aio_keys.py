@@ -5,14 +5,25 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from nbdpull.errors import UsageError
 
 if TYPE_CHECKING:
+    from nbdpull.model.crypto import KdfName
     from nbdpull.model.keysource import KeySource
     from nbdpull.model.outcomes import KeyExport, KeyInfo
     from nbdpull.ops.key import KeyOptions
 
-__all__ = ["key_add", "key_export", "key_import", "key_list", "key_remove", "key_rotate"]
+__all__ = [
+    "kdf_name",
+    "key_add",
+    "key_export",
+    "key_import",
+    "key_list",
+    "key_remove",
+    "key_rotate",
+]
 
 
 async def key_list(repository: str | os.PathLike[str]) -> tuple[KeyInfo, ...]:
@@ -36,6 +47,7 @@ async def key_add(
     keys: KeySource | None = None,
     new: KeySource | None = None,
     label: str = "",
+    kdf: Literal["argon2id", "scrypt"] = "argon2id",
 ) -> KeyInfo:
     """Let a new password open the repository too.
 
@@ -44,6 +56,7 @@ async def key_add(
         keys: what opens it now; None looks in the environment.
         new: the new password; None looks for NBDPULL_NEW_PASSWORD, _FILE or _COMMAND.
         label: for people; it is not encrypted.
+        kdf: what the password of the new slot goes through.
 
     Raises:
         WrongKeyError: the repository does not open, or there is no new password.
@@ -51,7 +64,7 @@ async def key_add(
     """
     from nbdpull.ops import key as op
 
-    return await op.key_add(_key_options(op.KeyOptions, repository, keys, new, label))
+    return await op.key_add(_key_options(op.KeyOptions, repository, keys, new, label, kdf))
 
 
 async def key_remove(
@@ -79,6 +92,7 @@ async def key_rotate(
     keys: KeySource | None = None,
     new: KeySource | None = None,
     label: str = "",
+    kdf: Literal["argon2id", "scrypt"] = "argon2id",
 ) -> KeyInfo:
     """Seal what is written from now on to new keys, in a slot under a new, or else the same, password.
 
@@ -90,6 +104,7 @@ async def key_rotate(
         keys: what opens it now; None looks in the environment.
         new: the new password; None looks for NBDPULL_NEW_PASSWORD, _FILE or _COMMAND.
         label: for people; it is not encrypted.
+        kdf: what the password of the new slot goes through.
 
     Raises:
         WrongKeyError: the repository does not open.
@@ -98,7 +113,7 @@ async def key_rotate(
     """
     from nbdpull.ops import key as op
 
-    return await op.key_rotate(_key_options(op.KeyOptions, repository, keys, new, label))
+    return await op.key_rotate(_key_options(op.KeyOptions, repository, keys, new, label, kdf))
 
 
 async def key_export(
@@ -132,6 +147,7 @@ async def key_import(
     *,
     new: KeySource | None = None,
     label: str = "",
+    kdf: Literal["argon2id", "scrypt"] = "argon2id",
 ) -> KeyInfo:
     """Let a new password open the repository with an exported recovery key: the old one is lost.
 
@@ -140,6 +156,7 @@ async def key_import(
         file: the recovery key.
         new: the new password; None looks for NBDPULL_NEW_PASSWORD, _FILE or _COMMAND.
         label: for people; it is not encrypted.
+        kdf: what the password of the new slot goes through.
 
     Raises:
         WrongKeyError: the file is no recovery key of this repository, or there is no new password.
@@ -147,7 +164,7 @@ async def key_import(
     """
     from nbdpull.ops import key as op
 
-    options = _key_options(op.KeyOptions, repository, None, new, label)
+    options = _key_options(op.KeyOptions, repository, None, new, label, kdf)
     return await op.key_import(options, os.fspath(file))
 
 
@@ -157,7 +174,30 @@ def _key_options(
     keys: KeySource | None,
     new: KeySource | None,
     label: str,
+    kdf: str,
 ) -> KeyOptions:
     from nbdpull.model.keysource import KeySource
 
-    return kind(repository=os.fspath(repository), keys=keys, new=new or KeySource(), label=label)
+    return kind(
+        repository=os.fspath(repository),
+        keys=keys,
+        new=new or KeySource(),
+        label=label,
+        kdf=kdf_name(kdf),
+    )
+
+
+def kdf_name(name: str) -> KdfName:
+    """The key derivation that is called so.
+
+    Raises:
+        UsageError: none is.
+    """
+    from nbdpull.model.crypto import KdfName
+
+    try:
+        return KdfName(name)
+    except ValueError as exc:
+        raise UsageError(
+            f"the key derivation is '{name}'; expected {' or '.join(KdfName)}"
+        ) from exc

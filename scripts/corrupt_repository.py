@@ -83,6 +83,10 @@ def main() -> int:
         "restores_right": counts.right,
         "restores_loud": counts.loud,
         "restores_wrong": len(counts.wrong),
+        "manifests_gone": counts.absent,
+        "latest_loud": counts.latest_loud,
+        "seen_by_verify_alone": counts.verified,
+        "seen_by_nothing": dict(counts.unseen),
         "duration_s": round(time.monotonic() - began, 1),
     }
     print(json.dumps(figures))

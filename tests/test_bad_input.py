@@ -86,6 +86,9 @@ def test_a_damaged_repository_restores_right_or_loudly(
     for case in itertools.islice(cases(objects(root), random.Random(1)), 150):
         try_case(root, case, contents, counts)
     assert counts.wrong == []
+    # What the settings say of the store's abilities is for people.
+    assert counts.unseen.keys() <= {"nbdpull.json"}
+    assert counts.verified > 0
     assert counts.cases == 150
     assert counts.right > 50
     assert counts.loud > 50

@@ -6,7 +6,15 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
-from nbdpull.cli.options import lock_mode_option, lock_option, parsed_lock, repository_option, verb
+from nbdpull.cli.options import (
+    Kdf,
+    kdf_option,
+    lock_mode_option,
+    lock_option,
+    parsed_lock,
+    repository_option,
+    verb,
+)
 from nbdpull.cli.password import new_keys_of_user
 from nbdpull.cli.run import EXIT_WARNINGS
 
@@ -20,11 +28,17 @@ __all__ = ["command"]
     is_flag=True,
     help="Encrypt everything in it, under a password. It can't be undone.",
 )
+@kdf_option
 @lock_option("the repository's")
 @lock_mode_option
 @verb
 def command(
-    console: Console, repository: str, encrypt: bool, lock: str | None, lock_mode: str | None
+    console: Console,
+    repository: str,
+    encrypt: bool,
+    kdf: Kdf,
+    lock: str | None,
+    lock_mode: str | None,
 ) -> int:
     """Create an empty repository in a place that is new or empty.
 
@@ -38,6 +52,7 @@ def command(
     result = api.init(
         repository,
         encrypt=encrypt,
+        kdf=kdf,
         keys=new_keys_of_user(),
         lock_s=lock_s,
         lock_mode=mode,

@@ -9,7 +9,7 @@ import click
 
 from nbdpull import api
 from nbdpull.cli.console import Console, one_line
-from nbdpull.cli.options import repository_option, verb
+from nbdpull.cli.options import Kdf, kdf_option, repository_option, verb
 from nbdpull.cli.password import keys_of_user, new_keys_of_user
 from nbdpull.cli.tables import local_time, short_ids, table
 from nbdpull.model.outcomes import KeyInfo
@@ -69,13 +69,16 @@ def _list(console: Console, repository: str) -> int:
 @command.command("add", short_help="Let another password open the repository too.")
 @repository_option()
 @_label_option
+@kdf_option
 @verb
-def _add(console: Console, repository: str, label: str) -> int:
+def _add(console: Console, repository: str, label: str, kdf: Kdf) -> int:
     """Let another password open the repository too.
 
     To change a password, add the new one and remove the slot of the old one.
     """
-    added = api.key_add(repository, keys=keys_of_user(), new=new_keys_of_user(), label=label)
+    added = api.key_add(
+        repository, keys=keys_of_user(), new=new_keys_of_user(), label=label, kdf=kdf
+    )
     console.result(added, lambda: f"added key {added.key}")
     return 0
 
@@ -99,14 +102,15 @@ def _remove(console: Console, key: str, repository: str, force: bool) -> int:
 @command.command("rotate", short_help="Seal new backups to new keys.")
 @repository_option()
 @_label_option
+@kdf_option
 @verb
-def _rotate(console: Console, repository: str, label: str) -> int:
+def _rotate(console: Console, repository: str, label: str, kdf: Kdf) -> int:
     """Seal what is written from now on to new keys, under the same password or a new one.
 
     A new password is taken from NBDPULL_NEW_PASSWORD_FILE and its like. Other passwords and exported
     keys open what was there before, and nothing newer.
     """
-    slot = api.key_rotate(repository, keys=keys_of_user(), label=label)
+    slot = api.key_rotate(repository, keys=keys_of_user(), label=label, kdf=kdf)
     console.result(
         slot,
         lambda: (
@@ -141,10 +145,11 @@ def _export(console: Console, file: str, repository: str, writer: bool) -> int:
 @click.argument("file", metavar="FILE")
 @repository_option()
 @_label_option
+@kdf_option
 @verb
-def _import(console: Console, file: str, repository: str, label: str) -> int:
+def _import(console: Console, file: str, repository: str, label: str, kdf: Kdf) -> int:
     """Let a new password open the repository, with the recovery key in FILE: when the old one is lost."""
-    slot = api.key_import(repository, file, new=new_keys_of_user(), label=label)
+    slot = api.key_import(repository, file, new=new_keys_of_user(), label=label, kdf=kdf)
     console.result(slot, lambda: f"added key {slot.key}")
     return 0
 

@@ -14,6 +14,8 @@ from nbdpull.units import parse_duration, parse_size
 
 __all__ = [
     "SIZE",
+    "Kdf",
+    "kdf_option",
     "lock_mode_option",
     "lock_option",
     "parsed_lock",
@@ -171,3 +173,14 @@ def parsed_lock(
     except ValueError as exc:
         raise click.UsageError(f"--lock: {exc}") from exc
     return lock_s, cast("Literal['governance', 'compliance']", mode or "governance")
+
+
+Kdf = Literal["argon2id", "scrypt"]
+
+kdf_option = click.option(
+    "--kdf",
+    type=click.Choice(["argon2id", "scrypt"]),
+    default="argon2id",
+    show_default=True,
+    help="What the password goes through, 256 MiB of memory either way.",
+)

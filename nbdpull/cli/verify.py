@@ -98,8 +98,8 @@ def _text(result: VerifyResult) -> str:
         )
     if result.recorded:
         lines.append(
-            f"{result.recorded} damaged frames were put on record: the next backup heals what its disks"
-            " still hold"
+            f"{result.recorded} damaged frames were put on record: the next backup heals those that it builds on,"
+            " a full all that its disks still hold"
         )
     return "\n".join(lines)
 

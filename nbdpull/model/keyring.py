@@ -31,9 +31,14 @@ from nbdpull.model.frame import FormatError
 from nbdpull.model.ids import is_hex
 from nbdpull.model.sealing import SALT_SIZE, Recipient
 
-__all__ = ["DEFAULT_KDF", "KEY_FILE_MAX", "LABEL_MAX", "SLOT_MAX", "Ring", "Slot"]
+__all__ = ["DEFAULT_KDF", "KDFS", "KEY_FILE_MAX", "LABEL_MAX", "SLOT_MAX", "Ring", "Slot"]
 
 DEFAULT_KDF: Final = Kdf(KdfName.ARGON2ID, memory_kib=256 << 10, passes=2, lanes=4)
+KDFS: Final = {
+    KdfName.ARGON2ID: DEFAULT_KDF,
+    KdfName.SCRYPT: Kdf(KdfName.SCRYPT, memory_kib=256 << 10, passes=1, lanes=8),
+}
+"""What new slots take: as much memory, and about as long."""
 SLOT_MAX: Final = 64 << 10
 KEY_FILE_MAX: Final = 64 << 10
 _GENERATIONS_MAX: Final = 64

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from nbdpull.errors import Error
+from nbdpull.errors import Error, StoreError
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import DiskEstimate, DoctorResult, Finding, FindingKind
 from nbdpull.model.results import Level
 from nbdpull.ops.estimate import EstimateOptions, estimate_open
 from nbdpull.ops.lineage import known_disks
 from nbdpull.ops.threads import call
+from nbdpull.repo.local import LocalStore
+from nbdpull.repo.location import open_store
 from nbdpull.repo.repository import Repository
 from nbdpull.source.base import Known, Source
 from nbdpull.source.fleecing import QemuOptions
@@ -45,9 +48,7 @@ async def doctor(options: DoctorOptions) -> DoctorResult:
     repository = None
     if options.repository is not None:
         try:
-            repository = await call(
-                Repository.open, options.repository, write=True, keys=options.keys
-            )
+            repository = await call(_open, options)
         except Error as exc:
             findings.append(_problem("repository", exc))
         else:
@@ -56,6 +57,10 @@ async def doctor(options: DoctorOptions) -> DoctorResult:
                     kind=FindingKind.OK, subject="repository", text=f"{options.repository} is open"
                 )
             )
+            findings += [
+                Finding(kind=FindingKind.WARNING, subject="repository", text=str(one.error))
+                for one in await call(repository.unreadable)
+            ]
     qemu = QemuOptions(
         guest_first=options.guest_first,
         nbd_address=options.nbd_address,
@@ -77,6 +82,17 @@ async def doctor(options: DoctorOptions) -> DoctorResult:
         ok=all(finding.kind is not FindingKind.PROBLEM for finding in findings),
         findings=tuple(findings),
     )
+
+
+def _open(options: DoctorOptions) -> Repository:
+    """The repository, as a backup opens it, and its folder if it is one."""
+    location = options.repository or ""
+    repository = Repository.open(location, write=True, keys=options.keys)
+    repository.check_original()
+    store = open_store(location)
+    if isinstance(store, LocalStore) and not os.access(store.root, os.W_OK):
+        raise StoreError(f"nothing can be written in {location}: it is read-only, or not yours")
+    return repository
 
 
 def _problem(subject: str, exc: Error) -> Finding:

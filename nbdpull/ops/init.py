@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nbdpull.errors import UsageError, WrongKeyError
 from nbdpull.model.config import Lock
+from nbdpull.model.crypto import KdfName
+from nbdpull.model.keyring import KDFS
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import InitResult
 from nbdpull.ops.threads import call
@@ -23,12 +25,14 @@ class InitOptions:
         encrypt: everything in it, under the password that `keys` gives.
         keys: None looks in the environment.
         lock: of what backups consist of; None is none.
+        kdf: what the password goes through.
     """
 
     repository: str
     encrypt: bool = False
     keys: KeySource | None = None
     lock: Lock | None = None
+    kdf: KdfName = KdfName.ARGON2ID
 
 
 async def init(options: InitOptions) -> InitResult:
@@ -57,7 +61,9 @@ def _init(options: InitOptions) -> InitResult:
             "a key is given, and the new repository is not to be encrypted; give --encrypt, or unset"
             f" {PASSWORD}, _FILE, _COMMAND and {KEY_FILE}"
         )
-    repository = Repository.create(options.repository, password=password, lock=options.lock)
+    repository = Repository.create(
+        options.repository, password=password, kdf=KDFS[options.kdf], lock=options.lock
+    )
     return InitResult(
         repository=repository.location,
         id=repository.id,

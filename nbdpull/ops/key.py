@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdpull.errors import StoreError, UsageError, WrongKeyError
-from nbdpull.model.keyring import Ring, Slot
+from nbdpull.model.crypto import KdfName
+from nbdpull.model.keyring import KDFS, Ring, Slot
 from nbdpull.model.keysource import KeySource
 from nbdpull.model.outcomes import KeyExport, KeyInfo
 from nbdpull.ops.threads import call
@@ -34,12 +35,14 @@ class KeyOptions:
         keys: what opens it now.
         new: where a new password comes from: NBDPULL_NEW_PASSWORD and its like.
         label: of a new slot, for people.
+        kdf: what the password of a new slot goes through.
     """
 
     repository: str
     keys: KeySource | None = None
     new: KeySource = field(default_factory=KeySource)
     label: str = ""
+    kdf: KdfName = KdfName.ARGON2ID
 
 
 async def key_list(options: KeyOptions) -> tuple[KeyInfo, ...]:
@@ -68,7 +71,7 @@ async def key_add(options: KeyOptions) -> KeyInfo:
     def work() -> KeyInfo:
         slots = Repository.slots(options.repository)
         ring = _newest_ring(options.keys, slots)
-        slot = slots.add(ring, _new_password(options), label=options.label)
+        slot = slots.add(ring, _new_password(options), label=options.label, kdf=KDFS[options.kdf])
         return _info(slot, slot.generation)
 
     return await call(work)
@@ -124,7 +127,7 @@ async def key_rotate(options: KeyOptions) -> KeyInfo:
                 f"no new password is given for the new keys; set {NEW_PASSWORD}_FILE, or open the"
                 " repository with a password"
             )
-        slot = slots.add(ring.rotated(*new_keys()), new, label=options.label)
+        slot = slots.add(ring.rotated(*new_keys()), new, label=options.label, kdf=KDFS[options.kdf])
         return _info(slot, slot.generation)
 
     return await call(work)
@@ -172,7 +175,7 @@ async def key_import(options: KeyOptions, file: str) -> KeyInfo:
             raise WrongKeyError(f"the key file {file} is not of repository {options.repository}")
         if not ring.opens_data:
             raise WrongKeyError(f"the key file {file} is a writer's key; expected a recovery key")
-        slot = slots.add(ring, _new_password(options), label=options.label)
+        slot = slots.add(ring, _new_password(options), label=options.label, kdf=KDFS[options.kdf])
         return _info(slot, _newest(slots.find()))
 
     return await call(work)

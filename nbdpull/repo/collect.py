@@ -557,10 +557,11 @@ class Collector:
                 return None
             return self._decode(key, raw)
         except DamagedError as exc:
+            way = f"if it can't be repaired, forget it with 'nbdpull forget {key}'"
+            if there(self._store, f"f/{pin}"):
+                way = "it is forgotten, so wait until its undo window is over, or give --undo-window 0s"
             raise DamagedError(
-                f"{exc}; what it refers to can't be told, so nothing was collected; if it can't be"
-                f" repaired, forget it with 'nbdpull forget {key}'",
-                key=key,
+                f"{exc}; what it refers to can't be told, so nothing was collected; {way}", key=key
             ) from exc
 
     def _get_register(self, key: str) -> bytes:

@@ -104,6 +104,8 @@ def _from_command(command: str) -> str:
     # Its words, without a shell; what it says on standard error is for the user to see.
     try:
         words = shlex.split(command)
+        if not words:
+            raise WrongKeyError("the password command is empty")
         done = subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
@@ -111,7 +113,7 @@ def _from_command(command: str) -> str:
             timeout=_COMMAND_WITHIN_S,
             check=False,
         )
-    except (OSError, ValueError, IndexError) as exc:
+    except (OSError, ValueError) as exc:
         raise WrongKeyError(f"the password command can't be run: {exc}") from exc
     except subprocess.TimeoutExpired as exc:
         raise WrongKeyError(

@@ -326,3 +326,21 @@ def test_ctrl_c_at_the_question_ends_it_and_leaves_the_terminal_as_it_was(repo: 
     assert termios.tcgetattr(terminal.fd)[3] == before | termios.ECHO
     terminal.wait()
     assert b"ended by SIGINT" in terminal.seen
+
+
+def test_a_password_may_go_through_scrypt(cli: Cli, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    assert cli("init", "-r", repo, "--encrypt", "--kdf", "scrypt", env=A).exit_code == 0
+    env: Env = {**A, "NBDPULL_NEW_PASSWORD": "beta"}
+    assert cli("key", "add", "-r", repo, "--kdf", "scrypt", env=env).exit_code == 0
+    listed = json.loads(cli("key", "list", "-r", repo, "--json").stdout)
+    assert [one["kdf"] for one in listed] == ["scrypt", "scrypt"]
+    for own in (A, B):
+        assert cli("list", "-r", repo, env=own).exit_code == 0
+    assert cli("list", "-r", repo, env={"NBDPULL_PASSWORD": "gamma"}).exit_code == 12
+    done = cli("list", "-r", repo, env={"NBDPULL_PASSWORD_COMMAND": " "})
+    assert done.exit_code == 12
+    assert "the password command is empty" in done.stderr
+    assert cli("init", "-r", tmp_path / "x", "--encrypt", "--kdf", "md5", env=A).exit_code == 2
+    with pytest.raises(nbdpull.UsageError, match="key derivation is 'md5'; expected argon2id or"):
+        nbdpull.init(tmp_path / "x", encrypt=True, kdf="md5")  # type: ignore[arg-type]

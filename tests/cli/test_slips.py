@@ -131,3 +131,17 @@ def test_locks_of_a_replica_that_can_have_none(cli: Cli, repo: Retained, tmp_pat
     done = cli("copy", repo.path, tmp_path / "replica", "--rekey", "--lock", "30d")
     assert done.exit_code == 2
     assert "--lock is about a replica" in done.stderr
+
+
+def test_doctor_tells_where_no_backup_can_go(cli: Cli, repo: Retained, tmp_path: Path) -> None:
+    image = tmp_path / "a.raw"
+    image.write_bytes(bytes(1 << 20))
+    replica = tmp_path / "replica"
+    assert cli("copy", repo.path, replica).exit_code == 0
+    done = cli("doctor", f"disk:{image}", "-r", replica)
+    assert done.exit_code == 1
+    assert "is a replica" in done.stdout
+    key = f"m/{min(repo.pins(0))}"
+    (repo.path / key).write_bytes(b"no manifest")
+    done = cli("doctor", f"disk:{image}", "-r", repo.path)
+    assert f"manifest {key} is damaged" in done.stdout

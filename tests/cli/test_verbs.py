@@ -216,7 +216,7 @@ def restored(target: str = "out/vda.raw") -> nbdpull.RestoreResult:
 
 def test_restore_passes_every_option_on(cli: Cli, replace: Replace) -> None:
     calls = replace("restore", restored())
-    line = "restore aa -r repo --to out --disk vda --format qcow2 --vm web --force -q"
+    line = "restore aa -r repo --to out --disk vda --format qcow2 --vm web --force --salvage -q"
     done = cli(*line.split())
     assert (done.exit_code, done.stdout) == (0, "")
     assert calls == [
@@ -227,6 +227,7 @@ def test_restore_passes_every_option_on(cli: Cli, replace: Replace) -> None:
                 "disk": "vda",
                 "format": "qcow2",
                 "force": True,
+                "salvage": True,
                 "tls": None,
                 "progress": None,
             },
@@ -247,7 +248,13 @@ def test_restore_prints_where_to(cli: Cli, replace: Replace) -> None:
         "vm": "web",
         "duration_s": 1.5,
         "disks": [
-            {"name": "vda", "size": 1 << 30, "target": "out/vda.raw", "written_bytes": 5 << 20}
+            {
+                "name": "vda",
+                "size": 1 << 30,
+                "target": "out/vda.raw",
+                "written_bytes": 5 << 20,
+                "lost": [],
+            }
         ],
         "machine": [],
     }
@@ -465,7 +472,7 @@ def test_verify_levels(cli: Cli, replace: Replace) -> None:
     assert cli("verify", "-r", "x", "-l", "sample").stdout.splitlines() == [
         "verified 1 backup, 12 frames, 1.00 MiB (a sample of 5.000% of the data, seed 7) in 0.5 s: no damage",
         "2 damaged frames were read from their copies: nothing is lost with them",
-        "3 damaged frames were put on record: the next backup heals what its disks still hold",
+        "3 damaged frames were put on record: the next backup heals those that it builds on, a full all that its disks still hold",
     ]
     assert calls[0][1] == {
         "vm": None,

@@ -8,12 +8,17 @@
 
 Restores go through the same code as the program's, into a target that compares each byte that is written
 with what the disk held: a wrong one counts even when the restore fails afterwards.
+
+A backup that is not listed must be told of: a manifest that can't be read, unless the very object is gone. `latest`
+must be the newest backup, or an error. Where all restores are right, `verify` must still find the damage.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +28,7 @@ from nbdpull.model.ids import BackupId
 from nbdpull.model.manifest import Summary
 from nbdpull.ops.meter import Meter
 from nbdpull.ops.push import DiskPush, push
+from nbdpull.ops.verify import VerifyOptions, verify
 from nbdpull.repo.repository import Repository
 
 __all__ = ["Case", "Counts", "cases", "objects", "try_case"]
@@ -43,6 +49,13 @@ class Counts:
     cases: int = 0
     right: int = 0
     loud: int = 0
+    absent: int = 0
+    """Backups whose manifest was deleted, which nothing can tell."""
+    latest_loud: int = 0
+    verified: int = 0
+    """Cases of which no restore told, and `verify` did."""
+    unseen: Counter[str] = field(default_factory=Counter)
+    """Cases of which neither told, by the kind of object."""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -94,7 +107,8 @@ def cases(stored: Mapping[str, bytes], rng: random.Random) -> Iterator[Case]:
     made: list[tuple[str, str, int]] = []
     for key, raw in stored.items():
         made += [("flip", key, at) for at in range(8 * len(raw))]
-        made += [(what, key, at) for what in ("invert", "zero") for at in range(len(raw))]
+        made += [("invert", key, at) for at in range(len(raw))]
+        made += [("zero", key, at) for at in range(len(raw)) if raw[at]]
         made += [("cut", key, at) for at in range(len(raw))]
         made += [(what, key, 0) for what in ("delete", "grow", "double")]
         made += [
@@ -147,6 +161,34 @@ def _restore(repository: Repository, summary: Summary, content: bytes) -> str:
     return "right"
 
 
+def _count(results: Mapping[str, str], case: Case, counts: Counts) -> None:
+    for backup, result in results.items():
+        if result in {"right", "loud", "absent"}:
+            setattr(counts, result, getattr(counts, result) + 1)
+        else:
+            counts.wrong.append(f"{case.name}: backup {backup}: {result}")
+
+
+def _look_for_latest(
+    repository: Repository, newest: str, case: Case, counts: Counts, *, gone: bool
+) -> None:
+    try:
+        found = repository.find("latest").id
+    except Error:
+        counts.latest_loud += 1
+        return
+    if found != newest and not gone:
+        counts.wrong.append(f"{case.name}: 'latest' is {found}")
+
+
+def run_verify(root: Path) -> bool:
+    """Whether everything is as it was written, as far as `verify` can tell."""
+    try:
+        return asyncio.run(verify(VerifyOptions(repository=str(root), record=False))).ok
+    except Error:
+        return False
+
+
 def try_case(root: Path, case: Case, contents: Mapping[str, bytes], counts: Counts) -> None:
     """Damage the repository, restore every backup, and put it right again."""
     before = {key: (root / key).read_bytes() for key in case.files}
@@ -159,19 +201,27 @@ def try_case(root: Path, case: Case, contents: Mapping[str, bytes], counts: Coun
         try:
             repository = Repository.open(str(root))
             found = {one.id: one.disks[0] for one in repository.backups()}
+            unreadable = {one.key for one in repository.unreadable()}
         except Error:
             counts.loud += len(contents)
             return
-        for backup, content in contents.items():
-            result = "loud"  # not listed: its manifest is told to be damaged
-            if BackupId(backup) in found:
-                result = _restore(repository, found[BackupId(backup)], content)
-            if result == "right":
-                counts.right += 1
-            elif result == "loud":
-                counts.loud += 1
+        gone = {key for key, raw in case.files.items() if raw is None and key.startswith("m/")}
+        missing = "absent" if gone else "is not there, and nothing is told of it"
+        if unreadable & case.files.keys():
+            missing = "loud"
+        results = {
+            backup: _restore(repository, found[BackupId(backup)], content)
+            if BackupId(backup) in found
+            else missing
+            for backup, content in contents.items()
+        }
+        _count(results, case, counts)
+        _look_for_latest(repository, list(contents)[-1], case, counts, gone=bool(gone))
+        if set(results.values()) == {"right"}:
+            if not run_verify(root):
+                counts.verified += 1
             else:
-                counts.wrong.append(f"{case.name}: backup {backup}: {result}")
+                counts.unseen[next(iter(case.files)).split("/")[0]] += 1
     finally:
         for key, raw in before.items():
             (root / key).unlink(missing_ok=True)
