@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Write a tiny repository that has every case of the format in it; how tests/fixtures/format-1 was made.
 
-    scripts/make_fixture.py NEW-FOLDER [--encrypt]
+    scripts/make_fixture.py NEW-FOLDER [--encrypt] [--life]
 
-With --encrypt it is encrypted under the password `fixture`, and its exported keys lie beside it.
+With --encrypt it is encrypted under the password `fixture`, and its exported keys lie beside it. With --life it has also what lies
+beside backups (tests/fixtures/format-1-life): backup 2 is forgotten, backup 3 is forgotten for good, backup 1 is protected;
+registers that were revoked and adopted, a record of damage; and `replica`, a copy of what is shown.
 A fixture is made once and never again: what it holds must restore for ever. Ids are random, so another
 run writes other bytes. Beside the repository it leaves `expected.json`: for each backup and disk its size
 and a SHA-256 of its grains that are not zero, each led by its number (hashing 1 GiB of zeroes takes long).
@@ -24,12 +26,16 @@ from pathlib import Path
 
 import numpy as np
 
+import nbdpull
+from nbdpull.model.damage import DamagedFrame, Place
+from nbdpull.model.frame import FrameKind
 from nbdpull.model.grain import GRAIN, SEGMENT, Kind, segment_count, segment_grains
 from nbdpull.model.ids import BackupId
-from nbdpull.model.manifest import Manifest, Summary
+from nbdpull.model.manifest import REVOKED, Manifest, Summary
 from nbdpull.model.results import Level
 from nbdpull.model.segment import Interval, Segment
 from nbdpull.repo import session as session_module
+from nbdpull.repo.location import open_store
 from nbdpull.repo.repository import DiskReader, Repository, Session
 
 VDA = SEGMENT + 200 * 1024 + 700
@@ -119,7 +125,7 @@ def digest(content: bytearray) -> str:
     return found.hexdigest()
 
 
-def main(folder: Path, *, encrypt: bool) -> None:
+def main(folder: Path, *, encrypt: bool, life: bool) -> None:
     """Write it."""
     # Several packs a session, as large disks have; and nobody's host name.
     setattr(session_module, "FRAMES_PER_PACK", 3)  # noqa: B010 - it is Final
@@ -174,7 +180,48 @@ def main(folder: Path, *, encrypt: bool) -> None:
             name: (len(content), digest(content)) for name, content in contents.items()
         }
     (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
+    if life:
+        live(folder, repository, last["vda"])
+
+
+def live(folder: Path, repository: Repository, parent: Manifest) -> None:
+    """What lies beside backups."""
+    store = open_store(str(folder / "repository"))
+    forgotten, doomed = (repository.find(f"{number:016x}") for number in (2, 3))
+    repository.forget(forgotten.pins, "asked for")
+    repository.forget(doomed.pins, "policy")
+    for pin in doomed.pins:
+        store.create(f"t/{pin}", b"")
+    repository.protect(repository.find(f"{1:016x}"))
+    dead = repository.begin(vm="vm ü", disk="vda", parent=parent)
+    dead.put(text(77))
+    dead.seal()
+    dead.abandon()
+    adopter = repository.begin(vm="vm ü", disk="vda", parent=parent)
+    adopter.put(text(78))
+    adopter.seal()
+    adopter.abandon()
+    gone = repository.begin(vm="vm ü", disk="vdb", parent=None)
+    gone.abandon()
+    store.create(f"m/{gone.disk_id}/{gone.id}", REVOKED)
+    reader = repository.reader(parent)
+    row = next(iter(reader.segment(0)))
+    header = reader.written(row.session, row.seq, row.offset)
+    repository.damage.add_damage(
+        [
+            DamagedFrame(
+                place=Place(parent.sessions[row.session].sid, row.seq, row.offset),
+                clen=row.clen,
+                rlen=header.rlen,
+                digest=header.digest,
+                kind=FrameKind.DATA,
+                disk=parent.summary.disk_id,
+                start=row.start * GRAIN,
+            )
+        ]
+    )
+    nbdpull.copy(folder / "repository", folder / "replica")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), encrypt="--encrypt" in sys.argv[2:])
+    main(Path(sys.argv[1]), encrypt="--encrypt" in sys.argv[2:], life="--life" in sys.argv[2:])

@@ -336,3 +336,81 @@ def test_rescue_reader_follows_records_of_healing(tmp_path: Path) -> None:
         out = tmp_path / str(number)
         assert rescue(history.repository.location, f"{number:016x}", "vda", out).returncode == 0
         assert out.read_bytes() == content
+
+
+# -- what lies beside backups --------------------------------------------------------------------------
+
+LIFE = FIXTURES / "format-1-life"
+LIFE_EXPECTED = json.loads((LIFE / "expected.json").read_text())
+LIFE_IDS = [f"{number:016x}" for number in (1, 2, 3, 4)]
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(LIFE, tmp_path / "life"))
+
+
+def restores(repository: Path, backup: str, out: Path) -> bool:
+    nbdpull.restore(repository, backup, out)
+    return {path.stem: described(path) for path in out.iterdir()} == LIFE_EXPECTED[backup]
+
+
+def test_marks_registers_and_records_of_format_1_mean_what_they_meant(
+    life: Path, tmp_path: Path
+) -> None:
+    repository = life / "repository"
+    shown = nbdpull.list_backups(repository)
+    assert [one.backup for one in shown] == [LIFE_IDS[0], LIFE_IDS[3]]
+    assert [one.protected for one in shown] == [True, False]
+    hidden = nbdpull.list_backups(repository, forgotten=True)
+    assert [one.backup for one in hidden] == [LIFE_IDS[0], LIFE_IDS[1], LIFE_IDS[3]]
+    assert len(Repository.open(str(repository)).damage.lost()) == 1
+    nbdpull.undo(repository, [LIFE_IDS[1]])
+    for backup in (LIFE_IDS[0], LIFE_IDS[1], LIFE_IDS[3]):
+        assert restores(repository, backup, tmp_path / backup)
+
+
+def test_a_collection_of_format_1_spares_what_is_needed_and_ends_what_was_forgotten(
+    life: Path, tmp_path: Path
+) -> None:
+    repository = life / "repository"
+    # Copied just now, all of it is young: nobody's session is dead, and no undo window over.
+    assert nbdpull.gc(repository).manifests == 0
+    done = nbdpull.gc(repository, undo_window_s=0)
+    assert done.manifests == 4
+    assert done.packs > 0
+    assert not done.refused
+    for backup in (LIFE_IDS[0], LIFE_IDS[3]):
+        assert restores(repository, backup, tmp_path / backup)
+    assert nbdpull.verify(repository).ok
+
+
+def test_a_backup_is_built_on_one_of_format_1(life: Path, tmp_path: Path) -> None:
+    repository = Repository.open(str(life / "repository"), write=True)
+    before = repository.manifest(repository.find(LIFE_IDS[3]).disks[1])
+    assert before.summary.disk == "vdb"
+    base = bytes(before.summary.size)
+    after = Disk.of(b"new!" + base[4:])
+    made = add_backup(
+        repository,
+        {"vdb": after},
+        before={"vdb": Disk.of(base)},
+        parents={"vdb": before},
+        time=5000.0,
+        vm=before.summary.vm,
+    )
+    nbdpull.gc(life / "repository", undo_window_s=0)
+    nbdpull.restore(life / "repository", made["vdb"].summary.backup, tmp_path / "out")
+    assert (tmp_path / "out" / "vdb.raw").read_bytes() == after.content()
+
+
+def test_a_replica_of_format_1_is_judged_by_its_originals_times(life: Path, tmp_path: Path) -> None:
+    replica = life / "replica"
+    judged = nbdpull.forget(replica, policy="keep-last=9", trust_store_time=True, dry_run=True)
+    assert len(judged.kept) == 2
+    times = [one.stored_time for one in judged.kept]
+    assert times == sorted(times)
+    assert all(1795702400 < time < 1795702500 for time in times)
+    for backup in (LIFE_IDS[0], LIFE_IDS[3]):
+        assert restores(replica, backup, tmp_path / backup)
+    assert nbdpull.copy(life / "repository", replica).forgotten == ()
