@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import tracemalloc
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdpull.model.grain import GRAIN
 from nbdpull.model.ids import SessionId
 from nbdpull.ops import usage as usage_module
 from nbdpull.ops.usage import HELD, Frames, PackCounts, Piece, Pieces
+from nbdpull.repo.repository import Repository
+from tests.ops.builder import Disk, add_backup
 
 SIDS = [SessionId(f"{number:032x}") for number in range(3)]
 
@@ -94,3 +100,34 @@ def test_a_million_frames_take_some_megabytes() -> None:
     tracemalloc.stop()
     assert held < 24 << 20
     assert peak < 128 << 20
+
+
+def test_scattered_small_changes_are_stored_in_little_more_than_they_take(tmp_path: Path) -> None:
+    """64 KiB changed in each 4 MiB: fixed chunks of 4 MiB would store sixty times as much."""
+    repository = Repository.create(str(tmp_path / "repo"))
+    rng = random.Random(5)
+    words = [rng.randbytes(6) for _ in range(200)]
+    grains = {
+        number: b"".join(rng.choices(words, k=GRAIN // 6 + 1))[:GRAIN] for number in range(512)
+    }
+    before = Disk(512 * GRAIN, grains)
+    changed = {
+        number: b"".join(rng.choices(words, k=GRAIN // 6 + 1))[:GRAIN]
+        for number in range(0, 512, 64)
+    }
+    first = add_backup(repository, {"vda": before})
+    size = stored(tmp_path)
+    add_backup(
+        repository,
+        {"vda": Disk(before.size, grains | changed)},
+        before={"vda": before},
+        parents=first,
+    )
+    compressor = zstandard.ZstdCompressor(level=1)
+    least = sum(len(compressor.compress(grain)) for grain in changed.values())
+    assert least < stored(tmp_path) - size < 1.1 * least
+
+
+def stored(folder: Path) -> int:
+    """Bytes of all packs, indexes and manifests."""
+    return sum(path.stat().st_size for kind in "dxm" for path in folder.glob(f"repo/{kind}/*/*"))
