@@ -352,7 +352,7 @@ def life(tmp_path: Path) -> Path:
 
 def restores(repository: Path, backup: str, out: Path) -> bool:
     nbdpull.restore(repository, backup, out)
-    return {path.stem: described(path) for path in out.iterdir()} == LIFE_EXPECTED[backup]
+    return bool({path.stem: described(path) for path in out.iterdir()} == LIFE_EXPECTED[backup])
 
 
 def test_marks_registers_and_records_of_format_1_mean_what_they_meant(
