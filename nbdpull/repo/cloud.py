@@ -206,8 +206,13 @@ def _s3(bucket: str, prefix: str, options: Mapping[str, str], environ: Mapping[s
 
 
 def _gs(bucket: str, prefix: str, options: Mapping[str, str], environ: Mapping[str, str]) -> Cloud:
-    del options, environ  # obstore looks at the environment itself
-    return Cloud(scheme="gs", bucket=bucket, prefix=prefix)
+    del options  # obstore looks at the environment itself
+    return Cloud(
+        scheme="gs",
+        bucket=bucket,
+        prefix=prefix,
+        allow_http=environ.get("GOOGLE_ALLOW_HTTP", "").lower() == "true",
+    )
 
 
 def _az(bucket: str, prefix: str, options: Mapping[str, str], environ: Mapping[str, str]) -> Cloud:
