@@ -46,7 +46,7 @@ def _handler(s3: S3) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(done.body)
 
-        do_GET = do_HEAD = do_PUT = do_DELETE = _answer
+        do_GET = do_HEAD = do_PUT = do_DELETE = _answer  # noqa: N815 - http.server's names
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
             """Say nothing."""
