@@ -45,6 +45,7 @@ def _search(arguments: argparse.Namespace) -> str:
                 pins=not arguments.no_pins,
                 idle=not arguments.no_idle,
                 damage=arguments.damage,
+                young=arguments.young,
                 tombstones=arguments.tombstones,
                 mutant=Mutant[arguments.mutant] if arguments.mutant else None,
             )
@@ -218,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--no-pins", action="store_true", help="no writer builds on another")
             verb.add_argument("--no-idle", action="store_true", help="no session is taken for idle")
             verb.add_argument("--damage", action="store_true", help="an intent may be damaged")
+            verb.add_argument(
+                "--young", action="store_true", help="collectors have undo windows of their own"
+            )
             verb.add_argument("--tombstones", type=int, default=3, help="most that are made")
             verb.add_argument("--mutant", choices=[mutant.name for mutant in Mutant])
         if name == "machine":

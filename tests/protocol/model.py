@@ -98,6 +98,7 @@ class Collector(NamedTuple):
     at: str = "C1"
     key: int = 0  # how far a listing is
     doomed: int = 0
+    known: int = 0  # tombstones that were read together with T
     packs: int = 0
     sessions: int = 0
     registers: tuple[int, ...] = ()
@@ -133,6 +134,7 @@ class Config:
         pins: writers may build on earlier backups.
         idle: collectors may take any session for idle.
         damage: an intent may be damaged.
+        young: a collector may leave tombstones out of T: whose undo window is not over by its own.
     """
 
     writers: int
@@ -144,6 +146,7 @@ class Config:
     pins: bool = True
     idle: bool = True
     damage: bool = False
+    young: bool = False
     mutant: Mutant | None = None
 
 
@@ -174,6 +177,7 @@ class _Model:
         self._pins = config.pins
         self._idle = config.idle
         self._damage = config.damage
+        self._young = config.young
         self._steps = ["C1", "C1T", "C2", "C3", "C3R", "C4", "C4L", "C5", "C6", "C7", "C7S"]
         if self._mutant is Mutant.MANIFESTS_BEFORE_SESSIONS:
             self._steps = ["C1", "C1T", "C2", "C4", "C3", "C3R", "C4L", "C5", "C6", "C7", "C7S"]
@@ -326,7 +330,13 @@ class _Model:
                             made = state._replace(tombstones=state.tombstones | 1 << i)
                             yield f"C1 tombstone of {i}", made, following
             case "C1T":
-                yield "C1 reads T", state, following._replace(doomed=state.tombstones)
+                known = following._replace(known=state.tombstones)
+                yield "C1 reads T", state, known._replace(doomed=state.tombstones)
+                left_out = state.tombstones if self._young else 0
+                while left_out:
+                    doomed = state.tombstones & ~left_out
+                    yield f"C1 reads T, {left_out:b} is young", state, known._replace(doomed=doomed)
+                    left_out = (left_out - 1) & state.tombstones
             case "C2":
                 yield "C2 lists packs", state, following._replace(packs=state.packs)
             case "C3":
@@ -357,7 +367,7 @@ class _Model:
             case "C4A":
                 yield from self._follow(state, one, following)
             case "C5":
-                fresh = state.tombstones & ~one.doomed
+                fresh = state.tombstones & ~one.known
                 if self._mutant is Mutant.NO_T_SET:
                     new = following._replace(doomed=state.tombstones)
                     yield "C5 reads what is doomed only now", state, self._decide(state, new)

@@ -16,6 +16,16 @@ def test_nothing_is_lost_in_any_interleaving(writers: int, collectors: int) -> N
     assert found.deletions > 500
 
 
+@pytest.mark.parametrize(("writers", "collectors"), [(1, 2), (2, 1)])
+def test_nothing_is_lost_where_collectors_have_undo_windows_of_their_own(
+    writers: int, collectors: int
+) -> None:
+    found = search(Config(writers=writers, collectors=collectors, young=True))
+    assert found.trace == ()
+    assert found.states > 40_000
+    assert found.deletions > 500
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
 def test_the_order_of_a_listing_does_not_matter(order: tuple[int, int, int]) -> None:
     assert search(Config(writers=1, collectors=2, order=order)).trace == ()
