@@ -138,16 +138,18 @@ def _chosen(options: CopyOptions, source: Repository, told: _Told) -> Iterator[B
         DamagedError, WrongKeyError: once all others were yielded, a manifest can't be read.
     """
     if not options.backups:
-        unreadable = source.unreadable()
-        for one in source.backups():
+        found, unreadable = source.everything()
+        for one in found:
+            if one.forgotten is not None:
+                continue
             if one.complete:
                 yield one
             else:
                 told.leave_out_incomplete(one)
         check_readable(unreadable, "all other backups are copied; what can't be read was not")
         return
-    found = {one.id: one for one in (source.find(name) for name in options.backups)}
-    for backup in sorted(found.values(), key=lambda one: (one.time, one.id)):
+    named = {one.id: one for one in (source.find(name) for name in options.backups)}
+    for backup in sorted(named.values(), key=lambda one: (one.time, one.id)):
         if not backup.complete:
             raise RepositoryError(
                 f"backup {backup.id}: {_incomplete(backup)}; only whole backups are copied"
@@ -168,8 +170,9 @@ def _verbatim(
     told.warnings += copier.warnings
     copier.begin()
     replica = Repository.open(options.target, keys=options.keys)
-    there = {one.id: one for one in replica.backups(forgotten=True)}
-    unreadable = {one.key: one.error for one in replica.unreadable()}
+    found, damaged = replica.everything()
+    there = {one.id: one for one in found}
+    unreadable = {one.key: one.error for one in damaged}
     for backup in () if first is None else chain([first], backups):
         manifests = [source.manifest(summary) for summary in backup.disks]
         for pin in backup.pins:

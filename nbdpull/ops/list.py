@@ -51,8 +51,9 @@ async def list_backups(options: ListOptions) -> tuple[BackupInfo, ...]:
 
 def _list(options: ListOptions) -> tuple[BackupInfo, ...]:
     repository = Repository.open(options.repository, keys=options.keys)
-    found = repository.backups(forgotten=options.forgotten)
-    for one in repository.unreadable():
+    everything, unreadable = repository.everything()
+    found = [one for one in everything if options.forgotten or one.forgotten is None]
+    for one in unreadable:
         # The backup it belongs to can't be told, and must not just be absent.
         _log.warning("%s", one.error)
     names = disk_names(found)

@@ -159,7 +159,7 @@ class _Verify:
         if options.backups:
             found = [self._repository.find(name, vm=options.vm) for name in options.backups]
             return list({backup.id: backup for backup in found}.values())
-        unreadable = self._repository.unreadable()
+        everything, unreadable = self._repository.everything()
         sealed = [one for one in unreadable if isinstance(one.error, WrongKeyError)]
         if sealed:
             raise WrongKeyError(
@@ -168,7 +168,7 @@ class _Verify:
             )
         for one in unreadable:
             self._damages.add(one.key, str(one.error))
-        backups = self._repository.backups()
+        backups = [one for one in everything if one.forgotten is None]
         check_there(backups, vm=options.vm)
         return [one for one in backups if options.vm in {None, one.vm}]
 

@@ -438,10 +438,18 @@ class Repository:
         """The manifests that can't be read."""
         return self.scan()[1]
 
+    def everything(self) -> tuple[list[Backup], list[Unreadable]]:
+        """All backups, oldest first, forgotten ones and those with disks missing too; and what can't be read.
+
+        Each manifest is looked at once.
+        """
+        marks = marking.read_marks(self._store)
+        entries, unreadable = self._entries(marks)
+        return group(entries, protected=marks.protected), unreadable
+
     def backups(self, *, forgotten: bool = False) -> list[Backup]:
         """All backups, oldest first, those with disks missing too; on request also forgotten ones."""
-        marks = marking.read_marks(self._store)
-        found = group(self._entries(marks)[0], protected=marks.protected)
+        found, _ = self.everything()
         return [backup for backup in found if forgotten or backup.forgotten is None]
 
     def vanished(self, vm: str, disk: str) -> list[Vanished]:
@@ -466,9 +474,7 @@ class Repository:
             DamagedError: a manifest that can't be read may be of a newer one than the latest.
             WrongKeyError: the same, or none fits; and the key does not open a manifest that may.
         """
-        marks = marking.read_marks(self._store)
-        entries, unreadable = self._entries(marks)
-        found = Finder(self.location, group(entries, protected=marks.protected), unreadable, vm=vm)
+        found = Finder(self.location, *self.everything(), vm=vm)
         return found.latest() if name == "latest" else found.named(name, forgotten=forgotten)
 
     def manifest(self, summary: Summary) -> Manifest:
