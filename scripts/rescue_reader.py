@@ -108,8 +108,8 @@ def read(path: Path, start: int, length: int) -> bytes:
         with path.open("rb") as file:
             file.seek(start)
             raw = file.read(length)
-    except FileNotFoundError as exc:
-        raise Lost(f"{path} is missing") from exc
+    except OSError as exc:
+        raise Lost(f"{path}: {exc.strerror}") from exc
     need(len(raw) == length, f"{path} is cut")
     return raw
 

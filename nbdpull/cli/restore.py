@@ -14,12 +14,10 @@ from nbdpull.cli.password import keys_of_user
 from nbdpull.cli.progress import show_progress
 from nbdpull.cli.run import EXIT_WARNINGS
 from nbdpull.cli.tables import table
-from nbdpull.model.outcomes import RestoredDisk, RestoreResult
+from nbdpull.model.outcomes import RestoreResult
 from nbdpull.units import format_duration, format_size
 
 __all__ = ["command"]
-
-_TOLD = 32
 
 
 @click.command("restore", short_help="Write a backup's disks to files, a device or an export.")
@@ -92,21 +90,10 @@ def command(  # noqa: PLR0913, PLR0917 - an option is a parameter
             keys=keys_of_user(),
             progress=progress,
         )
-    for restored in result.disks:
-        _tell_lost(console, restored)
+    for warning in result.warnings:
+        console.warning(warning)
     console.result(result, lambda: _summary(result), to_stderr=stream)
-    return EXIT_WARNINGS if any(one.lost for one in result.disks) else 0
-
-
-def _tell_lost(console: Console, disk: RestoredDisk) -> None:
-    lost = sum(end - start for start, end in disk.lost)
-    if lost:
-        listed = ", ".join(f"{start}-{end}" for start, end in disk.lost[:_TOLD])
-        more = f" and {len(disk.lost) - _TOLD} more ranges" if len(disk.lost) > _TOLD else ""
-        console.warning(
-            f"disk {one_line(disk.name)}: {lost} bytes are lost, and zeroes in {one_line(disk.target)}: bytes"
-            f" {listed}{more}"
-        )
+    return EXIT_WARNINGS if result.warnings else 0
 
 
 def _summary(result: RestoreResult) -> str:

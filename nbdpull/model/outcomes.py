@@ -113,6 +113,7 @@ class RestoreResult:
 
     Attributes:
         machine: paths of the files of the machine's state.
+        warnings: what could not be restored (`salvage`).
     """
 
     backup: str
@@ -120,6 +121,7 @@ class RestoreResult:
     duration_s: float
     disks: tuple[RestoredDisk, ...]
     machine: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,11 +105,15 @@ async def backup(
     check_names("tag", options.tags)
     check_names("VM", [options.vm])
 
+    opened: list[Repository] = []  # once: whoever was asked for a password is not asked again
+
     async def attempt() -> BackupResult:
+        if not opened:
+            opened.append(await call(_open, options))
         given_up = time.monotonic() + _DYING_S
         while True:
             try:
-                return await _attempt(options, qemu, address, definitions, progress)
+                return await _attempt(options, qemu, address, definitions, opened[0], progress)
             except UnseenRunError:
                 if time.monotonic() >= given_up:
                     raise
@@ -131,10 +135,9 @@ async def _attempt(
     qemu: QemuOptions,
     address: SourceAddress,
     definitions: Sequence[File],
+    repository: Repository,
     progress: ProgressCallback | None,
 ) -> BackupResult:
-    repository = await call(_open, options)
-
     def say(text: str) -> None:
         if progress is not None:
             progress(Progress(kind=ProgressKind.MESSAGE, verb="backup", text=text))

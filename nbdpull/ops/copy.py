@@ -166,10 +166,9 @@ def _verbatim(
 ) -> tuple[int, int]:
     backups = _chosen(options, source, told)
     first = next(backups, None)  # a name that nothing fits makes no replica
-    copier = source.copier(options.target, lock=options.lock, check=check)
+    copier, replica = source.copier(options.target, lock=options.lock, check=check)
     told.warnings += copier.warnings
     copier.begin()
-    replica = Repository.open(options.target, keys=options.keys)
     found, damaged = replica.everything()
     there = {one.id: one for one in found}
     unreadable = {one.key: one.error for one in damaged}
@@ -179,6 +178,14 @@ def _verbatim(
             if (damage := unreadable.get(f"m/{pin}")) is not None:
                 raise RepositoryError(f"in the replica {damage}; delete it there and copy again")
         old = there.get(backup.id)
+        if (
+            old is not None
+            and old.complete
+            and old.forgotten is None
+            and copier.forgotten(manifests)
+        ):
+            told.add(backup.id, copied=False)  # it was brought back there, under other sessions
+            continue
         if (old is not None and old.forgotten is not None) or copier.forgotten(manifests):
             told.leave_out(backup.id)
             continue
@@ -186,6 +193,7 @@ def _verbatim(
         if old is not None:
             # Repacked in the source since: what stood for it here is not needed any more.
             replica.forget_replaced(set(old.all_pins) - set(backup.pins))
+    copier.finish()
     return copier.counts.objects, copier.counts.written_bytes
 
 

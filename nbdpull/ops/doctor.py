@@ -49,6 +49,7 @@ async def doctor(options: DoctorOptions) -> DoctorResult:
     if options.repository is not None:
         try:
             repository = await call(_open, options)
+            unreadable = await call(repository.unreadable)
         except Error as exc:
             findings.append(_problem("repository", exc))
         else:
@@ -59,7 +60,7 @@ async def doctor(options: DoctorOptions) -> DoctorResult:
             )
             findings += [
                 Finding(kind=FindingKind.WARNING, subject="repository", text=str(one.error))
-                for one in await call(repository.unreadable)
+                for one in unreadable
             ]
     qemu = QemuOptions(
         guest_first=options.guest_first,

@@ -105,8 +105,9 @@ def _forget_named(repository: Repository, options: ForgetOptions) -> ForgetResul
 def _forget_by_policy(
     repository: Repository, options: ForgetOptions, policy: Policy
 ) -> ForgetResult:
-    there = repository.backups()
-    check_there(there, vm=options.vm, chain=options.chain)
+    everything, unreadable = repository.everything()
+    check_there(everything, unreadable, vm=options.vm, chain=options.chain)
+    there = [one for one in everything if one.forgotten is None]
     backups = {
         backup.id: backup
         for backup in there

@@ -106,8 +106,9 @@ class _Repack:
         done: dict[str, None] = {}
         more = True
         while more:
-            backups = self._repository.backups()
-            check_there(backups, vm=self._options.vm)
+            everything, unreadable = self._repository.everything()
+            check_there(everything, unreadable, vm=self._options.vm)
+            backups = [one for one in everything if one.forgotten is None]
             if not self._options.dry_run:
                 self._drop_superseded(backups)
             sparse, more = self._find_sparse(backups)

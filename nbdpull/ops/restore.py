@@ -104,7 +104,8 @@ def _restore(
     wanted = _machine_of(options, backup)
     place = _place(options, chosen, cancel)
     manifests = [repository.manifest(summary) for summary in chosen]
-    machine = None if wanted is None else repository.manifest(wanted)
+    warnings: list[str] = []
+    machine = None if wanted is None else _manifest_of(repository, wanted, options, warnings)
     if not options.salvage:
         _check_packs(repository, [*manifests, *([] if machine is None else [machine])], cancel)
     restored: list[RestoredDisk] = []
@@ -154,8 +155,30 @@ def _restore(
         vm=backup.vm,
         duration_s=time.monotonic() - began,
         disks=tuple(restored),
-        machine=() if machine is None else _give_back(repository, machine, options),
+        machine=() if machine is None else _give_back(repository, machine, options, warnings),
+        warnings=(*warnings, *filter(None, map(_told_lost, restored))),
     )
+
+
+def _manifest_of(
+    repository: Repository, machine: Summary, options: RestoreOptions, warnings: list[str]
+) -> Manifest | None:
+    try:
+        return repository.manifest(machine)
+    except DamagedError as exc:
+        if not options.salvage:
+            raise
+        warnings.append(f"the machine's state is lost: {exc}")
+        return None
+
+
+def _told_lost(disk: RestoredDisk) -> str:
+    if not disk.lost:
+        return ""
+    lost = sum(end - start for start, end in disk.lost)
+    listed = ", ".join(f"{start}-{end}" for start, end in disk.lost[:_LISTED])
+    more = f" and {len(disk.lost) - _LISTED} more ranges" if len(disk.lost) > _LISTED else ""
+    return f"disk {disk.name}: {lost} bytes are lost, and zeroes in {disk.target}: bytes {listed}{more}"
 
 
 def _tell_indexes(reader: DiskReader) -> None:
@@ -181,7 +204,7 @@ def _machine_of(options: RestoreOptions, backup: Backup) -> Summary | None:
 
 
 def _give_back(
-    repository: Repository, manifest: Manifest, options: RestoreOptions
+    repository: Repository, manifest: Manifest, options: RestoreOptions, warnings: list[str]
 ) -> tuple[str, ...]:
     """Write the files of a machine's state, whose names `model.archive` lets be nothing but plain ones."""
     reader = repository.reader(manifest)
@@ -191,7 +214,7 @@ def _give_back(
         record_lost(repository, reader, [exc.key], threading.Event())
         if not options.salvage:
             raise
-        _log.warning("the machine's state is lost: %s", exc)
+        warnings.append(f"the machine's state is lost: {exc}")
         return ()
     _tell_indexes(reader)
     written = []

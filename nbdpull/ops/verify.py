@@ -168,8 +168,8 @@ class _Verify:
             )
         for one in unreadable:
             self._damages.add(one.key, str(one.error))
+        check_there(everything, unreadable, vm=options.vm)
         backups = [one for one in everything if one.forgotten is None]
-        check_there(backups, vm=options.vm)
         return [one for one in backups if options.vm in {None, one.vm}]
 
     def _report_incomplete(self, backup: Backup) -> None:

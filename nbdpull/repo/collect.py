@@ -62,7 +62,7 @@ _log = logging.getLogger(__name__)
 _HOPELESS_S: Final = 31 * 86400.0
 """Writers commit within 30 days of their beginning, or not at all."""
 _STALE_S: Final = 30 * 86400.0
-"""A collector deletes nothing any more so long after it has looked: then others take it for dead."""
+"""A collector deletes nothing any more so long after it began: a day later others take it for dead."""
 _STUB_S: Final = 366 * 86400.0
 _ROUNDS: Final = 20
 _WORKERS: Final = 8
@@ -219,7 +219,7 @@ class Collector:
         self._alive: dict[str, list[Listed]] = {}
         self._own: str | None = None
         self._here = ExitStack()
-        self._looked_at = alive.clocks()
+        self._began = alive.clocks()
         self._now = 0.0
         self.collected = Collected()
 
@@ -232,38 +232,37 @@ class Collector:
             WrongKeyError: the same, because a manifest is sealed to another key.
             RepositoryError: other collectors were ahead again and again, or the store's listings lag.
         """
-        own = self._own = self._begin()
         try:
+            self._begin()
             view = self._look()
             self._delete_objects(view)
             self._delete_manifests(view)
             self._delete_marks(view)
         finally:
             self._here.close()
-            if own is not None:
-                with suppress(StoreError):  # an intent without a register goes after a day
-                    self._store.delete(own)
+            if self._own is not None:
+                with suppress(StoreError):  # another collector takes it away some day
+                    self._store.delete(self._own)
         return self.collected
 
-    def _begin(self) -> str | None:
+    def _begin(self) -> None:
         """Ask the store for its time, with an intent that says that a collector is here."""
         if self._dry_run:
             self._now = time.time()
-            return None
+            return
         sid = make_session_id(time.time_ns() // 1_000_000, os.urandom(10))
         intent = Intent(
             role="gc", disk="", host=self._host, time=time.time(), process=alive.process_token()
         )
         self._here.enter_context(alive.here(sid))
-        self._store.create(f"s/{sid}", intent.encode(sid))
-        self._now = self._store.stat(f"s/{sid}").modified
-        return f"s/{sid}"
+        self._own = f"s/{sid}"
+        self._store.create(self._own, intent.encode(sid))
+        self._now = self._store.stat(self._own).modified
 
     # -- looking -----------------------------------------------------------------------------------
 
     def _look(self) -> _View:
         for _ in range(_ROUNDS):
-            self._looked_at = alive.clocks()
             self._end_undo()
             made = tombstones(self._store)
             # Of what is made later nothing here can tell what it is for.
@@ -605,10 +604,7 @@ class Collector:
         marks = [
             listed
             for listed in view.marks
-            if listed.key[0] in "fo"
-            and "/".join(listed.key.split("/")[1:3]) not in view.registers
-            # A copy that is under way makes the manifest after the note of its time.
-            and listed.key.split("/")[2] not in view.live
+            if listed.key[0] in "fo" and _is_over_with(listed.key, view)
         ]
         marks += [
             listed
@@ -633,15 +629,15 @@ class Collector:
         self.collected.marks += sum(1 for _ in self._delete(marks))
 
     def _check_fresh(self) -> None:
-        """See that what is deleted was looked for lately.
+        """See that this run began lately.
 
         Raises:
-            RepositoryError: a copy may have been made that relies on it.
+            RepositoryError: others may have taken its intent away, and a copy been made that relies on what is to go.
         """
-        age_s = max(now - then for now, then in zip(alive.clocks(), self._looked_at, strict=True))
+        age_s = max(now - then for now, then in zip(alive.clocks(), self._began, strict=True))
         if age_s > _STALE_S:
             raise RepositoryError(
-                f"what is to be deleted was looked for {age_s / 86400:.0f} days ago, at most"
+                f"this collection began {age_s / 86400:.0f} days ago, at most"
                 f" {_STALE_S / 86400:.0f} may pass; what is deleted stays so; run it again"
             )
 
@@ -676,6 +672,14 @@ class Collector:
                     self.collected.refused.append(done.key)
         if unlocks:
             self.collected.unlock = min([*unlocks, self.collected.unlock or unlocks[0]])
+
+
+def _is_over_with(mark: str, view: _View) -> bool:
+    """Whether the manifest is gone that a mark is about; of what is no mark of ours, too."""
+    parts = mark.split("/")
+    pin = "/".join(parts[1:3])
+    # A copy that is under way makes the manifest after the note of its time.
+    return not is_pin(pin) or (pin not in view.registers and parts[2] not in view.live)
 
 
 def _is_over(collector: _Session) -> bool:

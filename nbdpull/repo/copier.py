@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -32,7 +34,7 @@ from nbdpull.repo.held import Held
 from nbdpull.repo.marks import keep_time, there
 from nbdpull.repo.reader import DiskReader
 from nbdpull.repo.reuseplan import pin_of
-from nbdpull.repo.store import KeyExistsError, KeyMissingError, Store
+from nbdpull.repo.store import KeyExistsError, KeyMissingError, LostBytesError, Store
 
 __all__ = ["Copier", "replica_mark"]
 
@@ -106,7 +108,9 @@ class Copier:
         self._check = check
         self._healed = HealedCopies(source, repository)
         self._doubts: list[_Doubt] = []
-        self._durable: set[str] = set()  # prefixes in the target
+        self._durable: Counter[str] = Counter()  # objects in the target, by prefix
+        self._relied_on: set[str] = set()  # prefixes of what was there
+        self._lock = threading.Lock()
         self.counts = CopyCounts()
 
     def begin(self) -> None:
@@ -144,7 +148,10 @@ class Copier:
             InUseError: a collection runs on the replica.
         """
         if self._is_whole(manifests):
-            self._sync(manifests)
+            for one in manifests:
+                sids = {one.sessions[at].sid for at, _ in one.packs()}
+                self._relied_on |= {f"{prefix}/{sid}" for sid in sids for prefix in "dx"}
+                self._relied_on.add(f"m/{one.summary.disk_id}")
             return False
         before = self.counts.objects
         readers = [self._reader(self._held, one) for one in manifests]
@@ -188,18 +195,25 @@ class Copier:
             for one in manifests
         )
 
-    def _sync(self, manifests: Iterable[Manifest]) -> None:
-        """Make durable what another copy made, which may have been killed before that was."""
-        for one in manifests:
-            sids = {one.sessions[at].sid for at, _ in one.packs()}
-            self._sync_what_is_there(f"{prefix}/{sid}" for sid in sids for prefix in "dx")
-            self._target.sync(f"m/{one.summary.disk_id}")
-
-    def _sync_what_is_there(self, prefixes: Iterable[str]) -> None:
-        """The same, below prefixes: once, since what this run makes is durable."""
-        for prefix in set(prefixes) - self._durable:
+    def finish(self) -> None:
+        """Make durable what another copy made, and what backups rely on that were whole: call it at the end."""
+        for prefix in self._relied_on:
             self._target.sync(prefix)
-            self._durable.add(prefix)
+
+    def _look(self, *prefixes: str) -> Mapping[str, int]:
+        """Bytes of what is there, by key; it is durable, whoever made it."""
+        sizes: dict[str, int] = {}
+        for prefix in prefixes:
+            found = {listed.key: listed.size for listed in self._target.list(prefix)}
+            with self._lock:
+                others = len(found) > self._durable[prefix]
+            if others:
+                # Another copy, which may have been killed between making one and syncing its folder.
+                self._target.sync(prefix)
+                with self._lock:
+                    self._durable[prefix] = max(self._durable[prefix], len(found))
+            sizes |= found
+        return sizes
 
     def _see_that_it_is_listed(self, manifests: Iterable[Manifest]) -> None:
         for one in manifests:
@@ -213,8 +227,7 @@ class Copier:
         packs = list(reader.packs())
         sids = {at: reader.manifest.sessions[at].sid for at, _ in packs}
         prefixes = [f"{prefix}/{sid}" for sid in set(sids.values()) for prefix in "dx"]
-        sizes = _sizes(self._target, *prefixes)
-        self._sync_what_is_there(prefixes)
+        sizes = self._look(*prefixes)
         numbers = sorted({(at, seq // PACKS_PER_INDEX) for at, seq in packs})
         with ThreadPoolExecutor(_WORKERS, thread_name_prefix="nbdpull-copy") as pool:
             tasks = [pool.submit(self._copy_pack, reader, at, seq, sizes) for at, seq in packs]
@@ -259,6 +272,8 @@ class Copier:
             raw = self._source.get_range(key, 0, size + 1)
         except KeyMissingError as exc:
             raise DamagedError(f"{key} is missing; was its backup forgotten?", key=key) from exc
+        except LostBytesError as exc:
+            raise DamagedError(f"pack {key} is damaged: {exc}", key=key) from exc
         if len(raw) != size:
             found = f"{len(raw)} bytes" if len(raw) < size else "more"
             raise DamagedError(f"pack {key} has {found}, expected {size} bytes", key=key)
@@ -287,10 +302,9 @@ class Copier:
         try:
             key = reader.key(0, seq)
             size = reader.pack_place(0, seq).size
-            self._sync_what_is_there([f"d/{sid}", f"x/{sid}"])
-            if not self._is_there(key, size, _sizes(self._target, f"d/{sid}")):
+            if not self._is_there(key, size, self._look(f"d/{sid}")):
                 self._create(key, self._get_pack(reader, 0, seq))
-            self._copy_index(reader, 0, number, _sizes(self._target, f"x/{sid}"))
+            self._copy_index(reader, 0, number, self._look(f"x/{sid}"))
         except DamagedError as exc:
             _log.debug("copies of damaged frames are left out: %s", exc)
 
@@ -319,13 +333,15 @@ class Copier:
                     " a replica of this backup"
                 ) from None
         else:
-            self._count(raw)
+            self._count(key, raw)
 
     def _get(self, key: str, limit: int) -> bytes:
         try:
             return self._source.get(key, limit=limit)
         except KeyMissingError as exc:
             raise DamagedError(f"{key} is missing; was its backup forgotten?", key=key) from exc
+        except LostBytesError as exc:
+            raise DamagedError(f"{key} is damaged: {exc}", key=key) from exc
 
     def _create(self, key: str, raw: bytes) -> None:
         """Make an object, unless another copy just did."""
@@ -334,11 +350,13 @@ class Copier:
         except KeyExistsError:
             self._is_there(key, len(raw), {key: self._target.stat(key).size})
         else:
-            self._count(raw)
+            self._count(key, raw)
 
-    def _count(self, raw: bytes) -> None:
-        self.counts.objects += 1
-        self.counts.written_bytes += len(raw)
+    def _count(self, key: str, raw: bytes) -> None:
+        with self._lock:
+            self.counts.objects += 1
+            self.counts.written_bytes += len(raw)
+            self._durable[key.rpartition("/")[0]] += 1
 
     @staticmethod
     def _is_there(key: str, size: int, sizes: Mapping[str, int]) -> bool:
@@ -349,10 +367,6 @@ class Copier:
                 " again"
             )
         return found is not None
-
-
-def _sizes(store: Store, *prefixes: str) -> Mapping[str, int]:
-    return {listed.key: listed.size for prefix in prefixes for listed in store.list(prefix)}
 
 
 def _read_needed(reader: DiskReader, session: int, seq: int) -> None:

@@ -161,7 +161,7 @@ def _read_records(
         if not is_hex(sid, 32) or not number.isdecimal() or len(number) > 9:
             continue
         try:
-            raw = store.get(listed.key, limit=RECORD_MAX)
+            raw = store.get_range(listed.key, 0, RECORD_MAX + 1)
             yield listed, decode_record(raw, repository=repository, sid=sid, number=int(number))
         except KeyMissingError:
             continue  # collected between the listing and now

@@ -18,8 +18,16 @@ _log = logging.getLogger(__name__)
 _TOLD = 8
 
 
-def check_there(backups: Sequence[Backup], *, vm: str | None, chain: str | None = None) -> None:
+def check_there(
+    backups: Sequence[Backup],
+    unreadable: Sequence[Unreadable],
+    *,
+    vm: str | None,
+    chain: str | None = None,
+) -> None:
     """See that a VM, or a chain, that somebody named has any backups, where there are others.
+
+    Forgotten ones count, and so does what can't be read, and may be one.
 
     Raises:
         BackupNotFoundError: it has none; most likely it is called otherwise.
@@ -27,7 +35,7 @@ def check_there(backups: Sequence[Backup], *, vm: str | None, chain: str | None 
     vms = {one.vm for one in backups}
     chains = {one.chain for one in backups if vm in {None, one.vm}}
     for what, name, there in (("VM", vm, vms), ("chain", chain, chains)):
-        if name is not None and there and name not in there:
+        if name is not None and there and not unreadable and name not in there:
             listed = ", ".join(f"'{one}'" for one in sorted(there)[:_TOLD])
             more = f" and {len(there) - _TOLD} more" if len(there) > _TOLD else ""
             raise BackupNotFoundError(

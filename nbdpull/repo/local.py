@@ -305,9 +305,8 @@ class LocalStore:
         path = self.path(key)
         return self.call("read", path, lambda: self._read(path, start, length))
 
-    @staticmethod
-    def _read(path: Path, start: int, length: int) -> bytes:
-        with told("read", path), _missing(path):
+    def _read(self, path: Path, start: int, length: int) -> bytes:
+        with told("read", path), _missing(path, self.root):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 # Not more than is there is ever allocated, whatever length was claimed.
@@ -425,13 +424,25 @@ def _looked_at(
 
 
 @contextmanager
-def _missing(path: Path) -> Iterator[None]:
+def _missing(path: Path, root: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno == errno.EIO:
+        if exc.errno == errno.EIO and root is not None and not _is_gone(root):
             # What a disk, btrfs or ZFS answers for the one block that it has lost; the others can be read.
-            raise LostBytesError(f"can't read {path}: {exc.strerror}") from exc
+            raise LostBytesError(f"can't read {path}: {exc.strerror}; {_HINTS[errno.EIO]}") from exc
         if exc.errno not in _NO_OBJECT:
             raise
         raise KeyMissingError(f"{path} is missing") from exc
+
+
+def _is_gone(root: Path) -> bool:
+    """Whether nothing else can be read there either: the disk, or the server behind it, is gone."""
+    try:
+        with os.scandir(root) as entries:
+            one = next((entry for entry in entries if entry.is_file(follow_symlinks=False)), None)
+        if one is not None:
+            Path(one.path).read_bytes()
+    except OSError:
+        return True
+    return False

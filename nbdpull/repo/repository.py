@@ -57,6 +57,7 @@ from nbdpull.repo.location import (
     CONFIG,
     REPLICA,
     check_lockable,
+    is_far,
     lock_store,
     new_store,
     open_store,
@@ -217,8 +218,8 @@ class Repository:
         *,
         lock: Lock | None = None,
         check: Callable[[], None] = lambda: None,
-    ) -> Copier:
-        """What copies backups of this repository into its replica at `location`, made if need be.
+    ) -> tuple[Copier, Repository]:
+        """What copies backups of this repository into its replica at `location`, made if need be; and the replica.
 
         Args:
             location: of the replica.
@@ -259,7 +260,7 @@ class Repository:
             more = "a replica that does is made in an empty place with --lock"
             warnings += (f"{self.location} locks its backups and {location} does not; {more}",)
         held = config.lock
-        return Copier(
+        copier = Copier(
             self._store,
             store,
             warnings=warnings,
@@ -271,6 +272,8 @@ class Repository:
             frames=self._vault is None or self._vault.ring.opens_data,
             check=check,
         )
+        # It is opened with the same keys, which nobody is asked for again.
+        return copier, Repository(store, location, config, self._vault)
 
     def _make_replica(self, location: str, lock: Lock | None) -> tuple[str, ...]:
         """Make it; what the user should know of its store."""
@@ -347,7 +350,8 @@ class Repository:
                 f"repository {location} needs {unknown}, which this nbdpull does not know; use a"
                 " newer nbdpull"
             )
-        if (write or locks) and config.lock is not None:
+        # Of a copy in a folder, made with other tools, only reading can be gone on with.
+        if config.lock is not None and (write or (locks and is_far(location))):
             lock_store(store, config.lock)
         return store, config
 

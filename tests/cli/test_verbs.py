@@ -257,6 +257,7 @@ def test_restore_prints_where_to(cli: Cli, replace: Replace) -> None:
             }
         ],
         "machine": [],
+        "warnings": [],
     }
 
 

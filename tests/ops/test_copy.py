@@ -19,6 +19,7 @@ from nbdpull.errors import (
 )
 from nbdpull.model.ids import SessionId
 from nbdpull.model.intent import Intent
+from nbdpull.model.keysource import KeySource
 from nbdpull.model.manifest import REVOKED
 from nbdpull.repo import alive, copyguard
 from nbdpull.repo.local import LocalStore
@@ -258,6 +259,27 @@ def test_an_intent_that_is_longer_than_any_is_damage_and_no_end(world: World) ->
     os.utime(path, (then, then))
     nbdpull.gc(world.target)
     assert not path.exists()
+
+
+def test_what_was_brought_back_in_the_replica_is_there(world: World) -> None:
+    world.copy()
+    nbdpull.forget(world.target, [world.ids[1]])
+    nbdpull.undo(world.target, [world.ids[1]])
+    again = world.copy(world.ids[1])
+    assert (again.present, again.forgotten, again.warnings) == ((world.ids[1],), (), ())
+
+
+def test_the_password_is_asked_for_once(tmp_path: Path) -> None:
+    world = World(tmp_path, password=b"correct horse")
+    asked: list[int] = []
+
+    def password() -> str:
+        asked.append(1)
+        return "correct horse"
+
+    for count in (1, 2):
+        nbdpull.copy(world.source, world.target, keys=KeySource(password=password))
+        assert len(asked) == count
 
 
 def age(location: str, number: int, by_s: float) -> None:

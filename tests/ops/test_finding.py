@@ -9,6 +9,7 @@ import pytest
 
 import nbdpull
 from nbdpull.errors import BackupNotFoundError, DamagedError, WrongKeyError
+from nbdpull.model.config import Config, Lock
 from nbdpull.repo.repository import Repository
 from tests.ops.builder import Disk, add_backup
 from tests.ops.retained import Retained, retained
@@ -122,3 +123,22 @@ def test_a_key_of_an_older_generation_opens_no_newer_backup_and_passes_none_over
 def test_what_is_not_there_is_told_to_be_missing(repo: Retained) -> None:
     with pytest.raises(BackupNotFoundError, match="has no backup 'ffff'"):
         nbdpull.show(repo.path, "ffff")
+
+
+def test_a_vm_whose_backups_can_not_be_read_is_not_told_to_be_called_otherwise(
+    repo: Retained,
+) -> None:
+    made = add_backup(repo.repository, {"vda": Disk(1 << 20).changed(1)}, vm="web")
+    key = spoil(repo, f"{made['vda'].summary.disk_id}/{made['vda'].summary.session}")
+    seen = nbdpull.verify(repo.path, vm="web")
+    assert [one.key for one in seen.damaged] == [key]
+
+
+def test_a_locked_repository_that_was_copied_into_a_folder_verifies(tmp_path: Path) -> None:
+    repo = retained(tmp_path / "repo", count=1)
+    path = repo.path / "nbdpull.json"
+    config = Config.decode(path.read_bytes())
+    lock = Lock(mode="compliance", duration_s=86400)
+    locked = Config.new(config.id, config.capabilities, encrypted=False, lock=lock)
+    path.write_bytes(locked.encode())
+    assert nbdpull.verify(repo.path).ok

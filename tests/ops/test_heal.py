@@ -308,10 +308,10 @@ def test_gc_keeps_the_copies_of_a_record_that_is_damaged(history: History, how: 
 class Unread(LocalStore):
     """Records can't be read just now."""
 
-    def get(self, key: str, *, limit: int) -> bytes:
+    def get_range(self, key: str, start: int, length: int) -> bytes:
         if key.startswith("b/"):
             raise StoreError(f"can't read {key}: it answers 503")
-        return super().get(key, limit=limit)
+        return super().get_range(key, start, length)
 
 
 def test_gc_deletes_nothing_while_a_record_can_not_be_read(history: History) -> None:

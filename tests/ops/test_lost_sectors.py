@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import nbdpull
-from nbdpull.errors import DamagedError
+from nbdpull.errors import DamagedError, StoreError
 from nbdpull.repo.repository import Repository
+from nbdpull.repo.store import LostBytesError
 from tests.ops.retained import Retained, retained
 
 SECTOR = 4096
@@ -70,3 +71,25 @@ def test_a_manifest_that_can_not_be_read_hinders_only_its_own_backup(
         nbdpull.gc(repo.path, undo_window_s=0)
     assert key not in repo.objects("m")
     repo.check(3, tmp_path / "out")
+
+
+def test_a_copy_tells_which_pack_can_not_be_read(
+    repo: Retained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = repo.store.path(repo.objects("d")[0])
+    with monkeypatch.context() as patch:
+        lose(patch, pack, 300)
+        with pytest.raises(DamagedError, match=f"pack d/{pack.parent.name}/.* is damaged"):
+            nbdpull.copy(repo.path, tmp_path / "replica")
+    assert len(nbdpull.copy(repo.path, tmp_path / "replica").copied) == 3
+
+
+def test_a_disk_that_is_gone_is_no_damage(repo: Retained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_args: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", gone)
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    with pytest.raises(StoreError, match="look at the kernel's log") as caught:
+        repo.store.get(repo.objects("d")[0], limit=1 << 20)
+    assert not isinstance(caught.value, LostBytesError)

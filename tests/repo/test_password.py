@@ -70,7 +70,7 @@ def test_two_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("COMMAND", "false", "the password command ended with 1"),
         ("COMMAND", "/nowhere", "the password command can't be run"),
         ("COMMAND", "'", "the password command can't be run"),
-        ("COMMAND", " ", "the password command can't be run"),
+        ("COMMAND", " ", "the password command is empty"),
         # No shell: else what is in a password store's path could be run.
         ("COMMAND", "echo x; false", None),
     ],
