@@ -105,15 +105,13 @@ async def backup(
     check_names("tag", options.tags)
     check_names("VM", [options.vm])
 
-    opened: list[Repository] = []  # once: whoever was asked for a password is not asked again
-
     async def attempt() -> BackupResult:
-        if not opened:
-            opened.append(await call(_open, options))
+        # Anew for each: a store's calls are given up together with the attempt that made them.
+        repository = await call(_open, options)
         given_up = time.monotonic() + _DYING_S
         while True:
             try:
-                return await _attempt(options, qemu, address, definitions, opened[0], progress)
+                return await _attempt(options, qemu, address, definitions, repository, progress)
             except UnseenRunError:
                 if time.monotonic() >= given_up:
                     raise
